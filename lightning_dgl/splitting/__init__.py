@@ -1,0 +1,10 @@
+"""Splitting a network into blocks. Knows nothing of Lightning and of training.
+
+trace -> cut_points -> balance -> blocks, in the order in which a network passes through; splitter puts them together.
+"""
+
+from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
+from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
+
+__all__ = ["SplitError", "SplitNetwork", "SplitPoint", "find_split_points", "split", "split_network"]

@@ -1,0 +1,244 @@
+"""Blocks: consecutive pieces of a network that share its modules and parameters."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+
+from torch import Tensor, fx, nn
+
+from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
+from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.trace import ModuleCall, Trace
+
+
+class BlockCode:
+    """The forward of a block: generated Python source that reads every module it calls from the whole network."""
+
+    def __init__(self, source: str, names: dict[str, Any]) -> None:
+        self.source = source
+        self.names = names
+        namespace = dict(names)
+        exec(compile(source, "<lightning_dgl block>", "exec"), namespace)
+        self.function: Callable[[nn.Module, Tensor], Any] = namespace["forward"]
+
+    @classmethod
+    def generate(cls, graph: fx.Graph) -> BlockCode:
+        code = graph.python_code(root_module="self")
+        return cls(code.src, dict(code.globals))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockCode:
+        return self  # the network is an argument, so a copied block brings its own
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}
+        others = {name: value for name, value in self.names.items() if name not in modules}
+        return (_restore_code, (self.source, others, modules))
+
+
+def _restore_code(source: str, names: dict[str, Any], modules: dict[str, str]) -> BlockCode:
+    return BlockCode(source, {**names, **{name: importlib.import_module(path) for name, path in modules.items()}})
+
+
+class Block(nn.Module):
+    """A consecutive piece of a network: one tensor in, one tensor out (the last block: the network's output).
+
+    Its parameters, buffers and submodules are the network's own, under the names they have there. Its mode is the
+    network's, too: ``network.eval()`` reaches every block, and ``block.train()`` or ``block.eval()`` sets the modules
+    that the block runs, and the network's own flag, which all blocks of a network share.
+
+    Attributes:
+        first: name of the first module or operation in the block.
+        last: name of the last one.
+    """
+
+    training: bool
+
+    def __init__(self, network: nn.Module, code: dict[bool, BlockCode], graphs: Iterable[fx.Graph]) -> None:
+        super().__init__()
+        # Not registered: the block is a piece of the network, not its owner.
+        self.__dict__["_network"] = network
+        self.__dict__["_code"] = code
+        self.first = self.last = ""
+        containers: dict[str, None] = {}
+        # Buffers of modules that a cut passes through stay with the network, which reads and moves them.
+        self._cut_through_buffers: list[tuple[str, str]] = []
+        for graph in graphs:
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    path = str(node.target)
+                    parts = path.split(".")
+                    containers.update({".".join(parts[:i]): None for i in range(1, len(parts))})
+                    self._attach(path)
+        self._containers = list(containers)
+
+    def _attach(self, path: str) -> None:
+        parent_path, _, name = path.rpartition(".")
+        owner = self._network.get_submodule(parent_path)
+        value = getattr(owner, name)
+        if name in owner._buffers:
+            if (parent_path, name) not in self._cut_through_buffers:
+                self._cut_through_buffers.append((parent_path, name))
+            return
+        parent: nn.Module = self
+        for part in parent_path.split(".") if parent_path else ():
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        if isinstance(value, nn.Module):
+            parent._modules[name] = value
+        elif isinstance(value, nn.Parameter):
+            parent.register_parameter(name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self._code[self._network.training].function(self._network, x)
+
+    @property  # type: ignore[no-redef]
+    def training(self) -> bool:
+        return self._network.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_network" in self.__dict__:  # absent while nn.Module.__init__ runs
+            self._network.training = mode
+            for path in self.__dict__.get("_containers", ()):
+                self._network.get_submodule(path).training = mode
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
+        super()._apply(fn, recurse)
+        for path, name in self._cut_through_buffers:
+            owner = self._network.get_submodule(path)
+            owner._buffers[name] = fn(getattr(owner, name))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.first} to {self.last}"
+
+
+def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.ModuleList:
+    """Cut a traced network after each of ``points``.
+
+    Raises:
+        SplitError: if two blocks would share a parameter, or a module with state.
+    """
+    graphs = {
+        mode: _block_graphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points])
+        for mode in (True, False)
+    }
+    blocks = nn.ModuleList()
+    for j in range(len(points) + 1):
+        pair = {mode: graphs[mode][j] for mode in (True, False)}
+        block = Block(
+            traced.network, {mode: BlockCode.generate(graph) for mode, graph in pair.items()}, pair.values()
+        )
+        names = [_name(node) for node in pair[True].nodes if node.op not in ("placeholder", "get_attr", "output")]
+        block.first = names[0]
+        block.last = points[j].name if j < len(points) else names[-1]
+        blocks.append(block)
+    _check_nothing_shared(blocks)
+    return blocks
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _block_graphs(trace: Trace, cuts: Sequence[Cut]) -> list[fx.Graph]:
+    builder = _GraphBuilder(trace, cuts)
+    builder.add(trace.root)
+    return builder.finish()
+
+
+class _GraphBuilder:
+    """Writes the operations of a trace into one graph for each block, whole module calls wherever possible."""
+
+    def __init__(self, trace: Trace, cuts: Sequence[Cut]) -> None:
+        self.graphs: list[fx.Graph] = []
+        self._trace = trace
+        self._cuts = list(cuts)
+        self._order = {node: i for i, node in enumerate(n for n in trace.root.nodes() if n.op != "get_attr")}
+        self._open(next(iter(trace.graph.nodes)))
+
+    def _open(self, source: fx.Node) -> None:
+        self._graph = fx.Graph()
+        self._values = {source: self._graph.placeholder("x")}
+
+    def _close(self, result: Any) -> None:
+        self._graph.output(self._map(result))
+        self._graph.lint()
+        self.graphs.append(self._graph)
+
+    def finish(self) -> list[fx.Graph]:
+        self._close(next(iter(reversed(self._trace.graph.nodes))).args[0])
+        return self.graphs
+
+    def add(self, call: ModuleCall) -> None:
+        for item in call.items:
+            if isinstance(item, ModuleCall):
+                if self._can_be_whole(item):
+                    self._add_whole(item)
+                else:
+                    self.add(item)
+                last = max((self._order[node] for node in item.nodes() if node in self._order), default=-1)
+            elif item.op == "get_attr":
+                continue  # copied into each block that reads it
+            else:
+                self._values[item] = self._graph.node_copy(item, self._copy)
+                last = self._order[item]
+            if self._cuts and last == self._cuts[0].position:
+                boundary = self._cuts.pop(0).node
+                self._close(boundary)
+                self._open(boundary)
+
+    def _can_be_whole(self, call: ModuleCall) -> bool:
+        if not call.callable_whole:
+            return False
+        inside = {node for node in call.nodes()}
+        span = [self._order[node] for node in inside if node in self._order]
+        if any(min(span, default=0) <= cut.position < max(span, default=0) for cut in self._cuts):
+            return False
+        # What happens inside must not be used outside, but for what the call returns.
+        returned: set[fx.Node] = set()
+        fx.map_arg(call.output, returned.add)  # type: ignore[arg-type]
+        return all(user in inside for node in inside - returned for user in node.users if user.op != "get_attr")
+
+    def _add_whole(self, call: ModuleCall) -> None:
+        result = self._graph.call_module(call.path, self._map(call.args), self._map(call.kwargs))
+        self._unpack(call.output, result)
+
+    def _unpack(self, output: Any, result: fx.Node) -> None:
+        if isinstance(output, fx.Node):
+            self._values[output] = result
+        elif isinstance(output, dict):
+            for key, part in output.items():
+                self._unpack(part, self._graph.call_function(operator.getitem, (result, key)))
+        elif isinstance(output, (tuple, list)):
+            for i, part in enumerate(output):
+                self._unpack(part, self._graph.call_function(operator.getitem, (result, i)))
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        if node.op == "get_attr" and node not in self._values:
+            self._values[node] = self._graph.node_copy(node)
+        return self._values[node]
+
+    def _map(self, argument: Any) -> Any:
+        return fx.map_arg(argument, self._copy)
+
+
+def _check_nothing_shared(blocks: nn.ModuleList) -> None:
+    owners: dict[int, tuple[int, str]] = {}
+    for j, block in enumerate(blocks):
+        stateful = [(n, t) for n, t in (*block.named_parameters(), *block.named_buffers())]
+        for name, tensor in stateful:
+            i, other = owners.setdefault(id(tensor), (j, name))
+            if i != j:
+                raise SplitError(
+                    f"{name!r} is used in block {i} and again in block {j}"
+                    + (f" (there as {other!r})" if other != name else "")
+                    + ": a block trains its parameters on its own loss, so weights cannot be tied across a cut. Cut "
+                    "elsewhere (split_at), or untie them."
+                )

@@ -1,0 +1,369 @@
+"""Where a network can be cut: the places in its forward where exactly one tensor crosses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_dgl.splitting.dry_run import FakeRun, in_mode, preserved_state
+from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.trace import ModuleCall, Trace, run_node, trace
+
+
+@dataclass(frozen=True)
+class SplitPoint:
+    """A place after which a network can be cut, because one tensor is all that crosses it.
+
+    Attributes:
+        name: the module (as in ``network.named_modules()``) or the operation whose output crosses. A module that is
+            called several times is named ``name@1``, ``name@2``, ... in call order.
+        aliases: other names of the same place (inner modules that end there too); ``split_at`` takes them as well.
+        shape: shape of the crossing tensor for the example batch, batch dimension first.
+        channel_dim: which dimension of it holds the channels (1 for NCHW, -1 for NHWC and token sequences).
+        rank: how natural the place is. 0: end of a composite module such as a residual block; 1: output of an
+            activation; 2: pooling, normalisation, other operations; 3: a bare convolution or linear layer; one more
+            strictly inside a composite module whose class occurs at least twice.
+        cost: forward FLOPs from the input up to here, for one sample.
+        in_place_hazard: True if an operation after this place overwrites the tensor that crosses it. Cutting here
+            would corrupt what the auxiliary head reads, so :func:`split` refuses to.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    channel_dim: int
+    rank: int
+    cost: float
+    in_place_hazard: bool
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C of the crossing tensor."""
+        return self.shape[self.channel_dim]
+
+    @property
+    def spatial_size(self) -> int | tuple[int, int]:
+        """Height and width of the crossing tensor seen as (N, C, H, W): one number where they are equal.
+
+        A sequence of L tokens counts as (L, 1), a plain feature vector as 1.
+        """
+        channel_dim = self.channel_dim % len(self.shape)
+        sizes = [size for dim, size in enumerate(self.shape) if dim not in (0, channel_dim)] + [1, 1]
+        return sizes[0] if sizes[0] == sizes[1] else (sizes[0], sizes[1])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A split point in one trace: after operation number ``position``, ``node`` alone is still needed."""
+
+    node: fx.Node
+    position: int
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    """A network, its traces by mode (True: train), and every place where it can be cut."""
+
+    network: nn.Module
+    example_input: Tensor
+    traces: dict[bool, Trace]
+    points: list[SplitPoint]
+    cuts: dict[bool, dict[str, Cut]]
+    cost: float  # forward FLOPs of the whole network, for one sample
+    output: Any  # what the network returns in train mode, on fake tensors
+
+    @property
+    def usable(self) -> list[SplitPoint]:
+        return [point for point in self.points if not point.in_place_hazard]
+
+
+def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPoint]:
+    """List every place after which ``network`` can be cut, in forward order.
+
+    Args:
+        network: a feed-forward network that takes one tensor. It is not changed.
+        example_input: a batch of the shape the network is trained on, on the network's device.
+
+    Raises:
+        SplitError: if the network's own ``forward`` cannot be traced, or the example does not pass through it.
+
+    Example::
+
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 10))
+        >>> [(point.name, point.shape, point.rank) for point in find_split_points(net, torch.zeros(2, 3, 8, 8))]
+        [('0', (2, 8, 6, 6), 3), ('1', (2, 8, 6, 6), 1), ('2', (2, 288), 2)]
+    """
+    return analyse(network, example_input).points
+
+
+def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:
+    """Trace ``network`` in both modes and find the places where it can be cut in both."""
+    _check_example_input(network, example_input)
+    traces = trace(network, example_input)
+    runs = {mode: _dry_run(network, traces[mode], example_input, mode) for mode in (True, False)}
+    cuts = {mode: _find_cuts(network, traces[mode], runs[mode]) for mode in (True, False)}
+    points = []
+    for names, cut in cuts[True]:
+        same = [other for other_names, other in cuts[False] if other_names == names]
+        if not same or runs[True].shapes[cut.node] != runs[False].shapes[same[0].node]:
+            continue
+        points.append(
+            SplitPoint(
+                name=names[0],
+                aliases=tuple(names[1:]),
+                shape=runs[True].shapes[cut.node],
+                channel_dim=_channel_dim(network, cut.node, runs[True].shapes),
+                rank=_rank(network, traces[True], cut),
+                cost=runs[True].flops[cut.position] / example_input.shape[0],
+                in_place_hazard=runs[True].overwritten(cut) or runs[False].overwritten(same[0]),
+            )
+        )
+    return TracedNetwork(
+        network=network,
+        example_input=example_input,
+        traces=traces,
+        points=points,
+        cuts={mode: {names[0]: cut for names, cut in cuts[mode]} for mode in (True, False)},
+        cost=runs[True].flops[-1] / example_input.shape[0],
+        output=runs[True].output,
+    )
+
+
+def _check_example_input(network: nn.Module, example_input: Tensor) -> None:
+    if not isinstance(example_input, Tensor) or example_input.ndim < 2 or example_input.shape[0] < 1:
+        given = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
+        raise SplitError(
+            f"example_input must be a batch of inputs such as torch.zeros(2, 3, 32, 32), got {given}. Pass a tensor with "
+            "the batch dimension first."
+        )
+    device = next((p.device for p in network.parameters()), example_input.device)
+    if device != example_input.device:
+        raise SplitError(
+            f"example_input is on {example_input.device} but the network is on {device}. Move one of them, e.g. "
+            f"example_input.to({str(device)!r})."
+        )
+
+
+# Running the traced operations
+
+
+@dataclass
+class _Run:
+    """What one pass over the operations of a trace showed."""
+
+    shapes: dict[fx.Node, tuple[int, ...]]  # of every node that is a tensor
+    flops: list[int]  # forward FLOPs up to and including each operation
+    versions: dict[tuple[fx.Node, int], int]  # in-place version of a node after operation number i
+    final_versions: dict[fx.Node, int]
+    output: Any
+
+    def overwritten(self, cut: Cut) -> bool:
+        return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
+
+
+def operations(trace: Trace) -> list[fx.Node]:
+    """What the network does, in order; reading a parameter or buffer is not an operation, any block can do it."""
+    return [node for node in trace.root.nodes() if node.op != "get_attr"]
+
+
+def _dry_run(network: nn.Module, trace: Trace, example_input: Tensor, training: bool) -> _Run:
+    fake = FakeRun(network)
+    with in_mode(network, training):
+        try:
+            with fake.active():
+                return _run(network, trace, fake.fake(example_input))
+        except Exception:  # an operation without a fake kernel, or an input that does not fit: real tensors will tell
+            pass
+        try:
+            with preserved_state(network), torch.no_grad():
+                return _run(network, trace, example_input)
+        except Exception as error:
+            raise SplitError(
+                f"example_input of shape {tuple(example_input.shape)} and dtype {example_input.dtype} does not pass "
+                f"through {type(network).__name__} ({type(error).__name__}: {error}). Pass a batch that the network "
+                "accepts."
+            ) from error
+
+
+def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
+    values: dict[fx.Node, Any] = {}
+    flops: list[int] = []
+    versions: dict[tuple[fx.Node, int], int] = {}
+    ops = operations(trace)
+    crossing = _single_crossings(trace, ops)
+    counter = FlopCounterMode(display=False)
+    with counter if example_input.device.type != "meta" else nullcontext():
+        position = -1
+        for node in trace.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = example_input
+                continue
+            values[node] = run_node(network, node, values)
+            if node.op in ("get_attr", "output"):
+                continue
+            position += 1
+            flops.append(counter.get_total_flops())
+            if isinstance(values.get(crossing.get(position)), Tensor):  # type: ignore[arg-type]
+                versions[crossing[position], position] = values[crossing[position]]._version
+    tensors = {node: value for node, value in values.items() if isinstance(value, Tensor)}
+    return _Run(
+        shapes={node: tuple(value.shape) for node, value in tensors.items()},
+        flops=flops,
+        versions=versions,
+        final_versions={node: value._version for node, value in tensors.items()},
+        output=values[node],
+    )
+
+
+# Finding the cuts
+
+
+def _single_crossings(trace: Trace, ops: list[fx.Node]) -> dict[int, fx.Node]:
+    """For each position after which exactly one value is still needed: that value's node."""
+    order = {node: i for i, node in enumerate(ops)}
+    end = len(ops)
+    placeholder = next(iter(trace.graph.nodes))
+    last_use = {
+        node: max((order.get(user, end) for user in node.users), default=-1) for node in (placeholder, *ops)
+    }
+    crossings = {}
+    alive = {placeholder}
+    for position, node in enumerate(ops):
+        alive = {other for other in (*alive, node) if last_use[other] > position}
+        if len(alive) == 1 and placeholder not in alive:
+            crossings[position] = next(iter(alive))
+    crossings.pop(end - 1, None)  # the network's output is not a cut
+    return crossings
+
+
+def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[str], Cut]]:
+    """Every cut with its names, outermost module first, in forward order."""
+    ops = operations(trace)
+    positions: dict[fx.Node, list[int]] = {}
+    for position, node in _single_crossings(trace, ops).items():
+        if node in run.shapes and len(run.shapes[node]) >= 2:
+            positions.setdefault(node, []).append(position)
+    spans = list(_spans(trace.root, {node: i for i, node in enumerate(ops)}))
+
+    def preference(node: fx.Node, position: int) -> tuple[bool, int, int]:
+        depth = sum(start <= position < stop for _, start, stop in spans)
+        return run.overwritten(Cut(node, position)), depth, position
+
+    names = _names(trace)
+    return [
+        (names[node], Cut(node, min(choices, key=lambda position: preference(node, position))))
+        for node, choices in positions.items()
+    ]
+
+
+def _spans(call: ModuleCall, order: dict[fx.Node, int]) -> Iterator[tuple[ModuleCall, int, int]]:
+    """Every module call below ``call`` with the numbers of its first and last operation."""
+    for item in call.items:
+        if isinstance(item, ModuleCall):
+            inside = [order[node] for node in item.nodes() if node in order]
+            if inside:
+                yield item, inside[0], inside[-1]
+            yield from _spans(item, order)
+
+
+def _names(trace: Trace) -> dict[fx.Node, list[str]]:
+    total = Counter(path for path, _ in trace.returns)
+    seen: Counter[str] = Counter()
+    names: dict[fx.Node, list[str]] = {}
+    for path, node in trace.returns:
+        seen[path] += 1
+        names.setdefault(node, []).insert(0, path if total[path] == 1 else f"{path}@{seen[path]}")
+
+    def name_operations(call: ModuleCall) -> None:
+        for item in call.items:
+            if isinstance(item, ModuleCall):
+                name_operations(item)
+            elif item not in names:
+                names[item] = [f"{call.path}.{item.name}" if call.path else item.name]
+
+    name_operations(trace.root)
+    return names
+
+
+# Judging the cuts
+
+_ACTIVATIONS = {
+    *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu", "relu6"),
+    *("rrelu", "selu", "sigmoid", "silu", "softplus", "swish", "tanh", "threshold"),
+}
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
+
+
+def is_composite(module: nn.Module) -> bool:
+    """Whether ``module`` has children and does more than to call them one after another."""
+    return next(module.children(), None) is not None and type(module).forward is not nn.Sequential.forward
+
+
+def _rank(network: nn.Module, trace: Trace, cut: Cut) -> int:
+    returned_by = [network.get_submodule(path) for path, node in trace.returns if node is cut.node]
+    rank = 0 if any(is_composite(module) for module in returned_by) else _operation_rank(network, cut.node)
+    spans = list(_spans(trace.root, {node: i for i, node in enumerate(operations(trace))}))
+    classes = Counter(type(network.get_submodule(call.path)) for call, _, _ in spans)
+    inside = [network.get_submodule(call.path) for call, start, stop in spans if start <= cut.position < stop]
+    return rank + any(is_composite(module) and classes[type(module)] > 1 for module in inside)
+
+
+def _operation_rank(network: nn.Module, node: fx.Node) -> int:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            return 3
+        return 1 if type(module).__name__.lower() in _ACTIVATIONS else 2
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.startswith("conv") or name == "linear":
+        return 3
+    return 1 if name.rstrip("_") in _ACTIVATIONS else 2
+
+
+def _channel_dim(network: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
+    """Which dimension of ``node`` holds the channels: asked of the layers around it, else guessed from its shape."""
+    shape = shapes[node]
+    if len(shape) == 2:
+        return 1
+    for neighbours in (lambda n: n.users, lambda n: n.all_input_nodes):
+        seen, queue = {node}, [node]
+        while queue:
+            for other in neighbours(queue.pop(0)):
+                kind = _layout(network, other)
+                if kind is not None and shapes.get(other, ())[:1] == shape[:1]:
+                    return kind
+                if shapes.get(other) == shape and other not in seen and kind is None and not _moves_dims(other):
+                    seen.add(other)
+                    queue.append(other)
+    if len(shape) == 4 and not (shape[1] == shape[2] != shape[3]):
+        return 1
+    return -1
+
+
+def _layout(network: nn.Module, node: fx.Node) -> int | None:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        if isinstance(module, _CHANNELS_FIRST):
+            return 1
+        if isinstance(module, _CHANNELS_LAST):
+            return -1
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if name in ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm"):
+            return 1
+        if name in ("linear", "layer_norm", "scaled_dot_product_attention"):
+            return -1
+    return None
+
+
+def _moves_dims(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "flatten", "reshape", "view")

@@ -1,0 +1,165 @@
+"""From a network and a wish (how many blocks, or where to cut) to blocks that are known to reproduce the network."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_dgl.splitting.balance import HeadFactory, choose_points
+from lightning_dgl.splitting.blocks import build_blocks
+from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
+from lightning_dgl.splitting.dry_run import in_mode, preserved_state
+from lightning_dgl.splitting.errors import SplitError
+
+
+@dataclass(frozen=True)
+class SplitNetwork:
+    """The blocks of a network and the split points between them."""
+
+    blocks: nn.ModuleList
+    points: list[SplitPoint]
+
+
+def split(
+    network: nn.Module,
+    num_blocks: int | None = None,
+    *,
+    split_at: Sequence[str] | None = None,
+    example_input: Tensor,
+    balance: str = "flops",
+) -> nn.ModuleList:
+    """Split ``network`` into consecutive blocks that share its parameters and together compute what it computes.
+
+    Running the blocks one after another equals running the network, bit for bit, in train and eval mode.
+
+    Args:
+        network: a feed-forward network that takes one tensor.
+        num_blocks: how many blocks to make; the cuts are chosen so that the most expensive block is cheapest.
+        split_at: instead of ``num_blocks``: names of the split points to cut after, in forward order.
+        example_input: a batch of the shape the network is trained on, on the network's device.
+        balance: what ``num_blocks`` balances: "flops" (forward FLOPs, the same on every machine) or "time" (forward and
+            backward of the example batch, measured here; give it the batch size that you train with).
+
+    Returns:
+        The blocks. ``block.parameters()`` are the network's own parameter objects.
+
+    Raises:
+        SplitError: if the network cannot be split like this; the message names the reason and the remedy.
+
+    Example::
+
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+        >>> blocks = split(net, split_at=["1"], example_input=torch.zeros(2, 3, 8, 8))
+        >>> blocks[0](torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
+        >>> blocks[1].get_parameter("2.weight") is net[2].weight
+        True
+    """
+    return split_network(network, num_blocks, split_at, example_input, balance).blocks
+
+
+def split_network(
+    network: nn.Module,
+    num_blocks: int | None,
+    split_at: Sequence[str] | None,
+    example_input: Tensor,
+    balance: str = "flops",
+    make_head: HeadFactory | None = None,
+) -> SplitNetwork:
+    """:func:`split`, with the auxiliary heads that ``make_head`` makes counted in when blocks are balanced."""
+    if (num_blocks is None) == (split_at is None):
+        raise SplitError(
+            f"Pass exactly one of num_blocks and split_at, got num_blocks={num_blocks!r} and split_at={split_at!r}."
+        )
+    if num_blocks is not None and (not isinstance(num_blocks, int) or num_blocks < 1):
+        raise SplitError(f"num_blocks must be a whole number of at least 1, got {num_blocks!r}.")
+    if num_blocks == 1 or (split_at is not None and len(split_at) == 0):
+        return SplitNetwork(nn.ModuleList([network]), [])
+    if isinstance(example_input, Tensor) and example_input.shape[:1] == (1,):
+        example_input = torch.cat([example_input, example_input])  # BatchNorm cannot train on a single sample
+    traced = analyse(network, example_input)
+    if split_at is not None:
+        points = _points_named(traced, split_at)
+    else:
+        assert num_blocks is not None
+        points = choose_points(traced, num_blocks, balance, make_head)
+    blocks = build_blocks(traced, points)
+    _check_blocks(network, blocks, points, example_input)
+    return SplitNetwork(blocks, points)
+
+
+def _points_named(traced: TracedNetwork, split_at: Sequence[str]) -> list[SplitPoint]:
+    if isinstance(split_at, str):
+        raise SplitError(f"split_at must be a list of names, got the string {split_at!r}. Write [{split_at!r}].")
+    by_name = {name: point for point in traced.points for name in (point.name, *point.aliases)}
+    points: list[SplitPoint] = []
+    for name in split_at:
+        if name not in by_name:
+            raise SplitError(_unknown_name(traced, name, list(by_name)))
+        point = by_name[name]
+        if point.in_place_hazard:
+            raise SplitError(
+                f"split_at names {name!r}, but an operation after it works in place on its output and would corrupt what "
+                f"the auxiliary head reads. Cut after that operation instead, or give it inplace=False."
+            )
+        if points and point is points[-1]:
+            raise SplitError(f"split_at names the same place twice: {name!r}. Name each cut once.")
+        if points and traced.points.index(point) < traced.points.index(points[-1]):
+            raise SplitError(
+                f"split_at is out of order: {name!r} comes before {points[-1].name!r} in the forward. List the names in "
+                "forward order."
+            )
+        points.append(point)
+    return points
+
+
+def _unknown_name(traced: TracedNetwork, name: str, known: list[str]) -> str:
+    message = f"split_at names {name!r}, which is not a split point of {type(traced.network).__name__}"
+    calls = [other for other in known if other.rpartition("@")[0] == name]
+    if calls:
+        return f"{message}, because the module is called more than once. Say after which call: {', '.join(calls)}."
+    if name in dict(traced.network.named_modules()):
+        message += ": the module exists, but more than its one output is needed after it (or it is the last one)"
+    close = difflib.get_close_matches(str(name), known, n=3) or known[:3]
+    return f"{message}. Names near it: {', '.join(close)}; find_split_points(network, example_input) lists all."
+
+
+def _check_blocks(
+    network: nn.Module, blocks: nn.ModuleList, points: Sequence[SplitPoint], example_input: Tensor
+) -> None:
+    """Run network and blocks on random data, in train mode and, with one sample more, in eval mode."""
+    with preserved_state(network):
+        data = torch.randn_like(example_input) if example_input.is_floating_point() else example_input
+    for mode, batch in ((True, data), (False, torch.cat([data, data[:1]]))):
+        with in_mode(network, mode), torch.no_grad():
+            with preserved_state(network):
+                torch.manual_seed(0)
+                expected = network(batch.clone())
+            with preserved_state(network):
+                torch.manual_seed(0)
+                outputs: list[tuple[Any, int]] = []
+                x: Any = batch.clone()
+                for j, block in enumerate(blocks):
+                    x = block(x)
+                    for (output, version), point in zip(outputs, points, strict=False):
+                        if output._version != version:
+                            raise SplitError(
+                                f"Block {j} overwrites its input, the output of {point.name!r}, in place, which would "
+                                "corrupt what the auxiliary head reads. Cut elsewhere (split_at), or avoid the in-place "
+                                "operation."
+                            )
+                    if j < len(points):
+                        outputs.append((x, x._version))
+        pairs = zip(tree_leaves(expected), tree_leaves(x), strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
+            raise SplitError(
+                f"The blocks do not reproduce {type(network).__name__} in {'train' if mode else 'eval'} mode: its forward "
+                "depends on something that tracing does not see, such as the batch size or state kept outside buffers. "
+                "Move that part into a submodule of its own, or pass the network as an nn.Sequential."
+            )
