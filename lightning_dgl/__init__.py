@@ -1,0 +1,27 @@
+"""Decoupled Greedy Learning of CNNs for PyTorch Lightning."""
+
+from lightning_dgl._version import __version__
+from lightning_dgl.callbacks import BlockSummary
+from lightning_dgl.heads import CNNHead, LinearHead, MLPHead, MLPSRHead
+from lightning_dgl.module import DGLModule, NonFiniteLossError
+from lightning_dgl.schedules import Synchronous
+from lightning_dgl.splitting import SplitError, SplitPoint, find_split_points, split
+from lightning_dgl.strategy import DGLStrategy
+
+
+__all__ = [
+    "BlockSummary",
+    "CNNHead",
+    "DGLModule",
+    "DGLStrategy",
+    "LinearHead",
+    "MLPHead",
+    "MLPSRHead",
+    "NonFiniteLossError",
+    "SplitError",
+    "SplitPoint",
+    "Synchronous",
+    "__version__",
+    "find_split_points",
+    "split",
+]

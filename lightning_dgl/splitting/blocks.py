@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
-
 from torch import Tensor, fx, nn
 
 from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
@@ -132,19 +131,15 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
     blocks = nn.ModuleList()
     for j in range(len(points) + 1):
         pair = {mode: graphs[mode][j] for mode in (True, False)}
-        block = Block(
-            traced.network, {mode: BlockCode.generate(graph) for mode, graph in pair.items()}, pair.values()
-        )
-        names = [_name(node) for node in pair[True].nodes if node.op not in ("placeholder", "get_attr", "output")]
+        block = Block(traced.network, {mode: BlockCode.generate(graph) for mode, graph in pair.items()}, pair.values())
+        # A block is named after the modules that it calls; one that calls none, after its operations.
+        operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
+        names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
         block.first = names[0]
         block.last = points[j].name if j < len(points) else names[-1]
         blocks.append(block)
     _check_nothing_shared(blocks)
     return blocks
-
-
-def _name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name
 
 
 def _block_graphs(trace: Trace, cuts: Sequence[Cut]) -> list[fx.Graph]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_dgl.splitting.dry_run import FakeRun, in_mode, preserved_state
-from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.dry_run import dry_run, example_batch
 from lightning_dgl.splitting.trace import ModuleCall, Trace, run_node, trace
 
 
@@ -54,9 +53,15 @@ class SplitPoint:
 
         A sequence of L tokens counts as (L, 1), a plain feature vector as 1.
         """
-        channel_dim = self.channel_dim % len(self.shape)
-        sizes = [size for dim, size in enumerate(self.shape) if dim not in (0, channel_dim)] + [1, 1]
-        return sizes[0] if sizes[0] == sizes[1] else (sizes[0], sizes[1])
+        height, width = self.as_images(torch.empty(self.shape, device="meta")).shape[2:]
+        return height if height == width else (height, width)
+
+    def as_images(self, x: Tensor) -> Tensor:
+        """View a crossing tensor as (N, C, H, W), which is what auxiliary heads read."""
+        x = x.movedim(self.channel_dim, 1)
+        if x.ndim > 4:
+            return x.flatten(2, -2)
+        return x.reshape(*x.shape, *(1,) * (4 - x.ndim))
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,9 @@ def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPo
 
 def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:
     """Trace ``network`` in both modes and find the places where it can be cut in both."""
-    _check_example_input(network, example_input)
+    example_input = example_batch(network, example_input)
     traces = trace(network, example_input)
-    runs = {mode: _dry_run(network, traces[mode], example_input, mode) for mode in (True, False)}
+    runs = {mode: dry_run(network, example_input, mode, partial(_run, network, traces[mode])) for mode in (True, False)}
     cuts = {mode: _find_cuts(network, traces[mode], runs[mode]) for mode in (True, False)}
     points = []
     for names, cut in cuts[True]:
@@ -136,21 +141,6 @@ def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:
     )
 
 
-def _check_example_input(network: nn.Module, example_input: Tensor) -> None:
-    if not isinstance(example_input, Tensor) or example_input.ndim < 2 or example_input.shape[0] < 1:
-        given = tuple(example_input.shape) if isinstance(example_input, Tensor) else type(example_input).__name__
-        raise SplitError(
-            f"example_input must be a batch of inputs such as torch.zeros(2, 3, 32, 32), got {given}. Pass a tensor with "
-            "the batch dimension first."
-        )
-    device = next((p.device for p in network.parameters()), example_input.device)
-    if device != example_input.device:
-        raise SplitError(
-            f"example_input is on {example_input.device} but the network is on {device}. Move one of them, e.g. "
-            f"example_input.to({str(device)!r})."
-        )
-
-
 # Running the traced operations
 
 
@@ -173,25 +163,6 @@ def operations(trace: Trace) -> list[fx.Node]:
     return [node for node in trace.root.nodes() if node.op != "get_attr"]
 
 
-def _dry_run(network: nn.Module, trace: Trace, example_input: Tensor, training: bool) -> _Run:
-    fake = FakeRun(network)
-    with in_mode(network, training):
-        try:
-            with fake.active():
-                return _run(network, trace, fake.fake(example_input))
-        except Exception:  # an operation without a fake kernel, or an input that does not fit: real tensors will tell
-            pass
-        try:
-            with preserved_state(network), torch.no_grad():
-                return _run(network, trace, example_input)
-        except Exception as error:
-            raise SplitError(
-                f"example_input of shape {tuple(example_input.shape)} and dtype {example_input.dtype} does not pass "
-                f"through {type(network).__name__} ({type(error).__name__}: {error}). Pass a batch that the network "
-                "accepts."
-            ) from error
-
-
 def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
     values: dict[fx.Node, Any] = {}
     flops: list[int] = []
@@ -199,7 +170,7 @@ def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
     ops = operations(trace)
     crossing = _single_crossings(trace, ops)
     counter = FlopCounterMode(display=False)
-    with counter if example_input.device.type != "meta" else nullcontext():
+    with counter:
         position = -1
         for node in trace.graph.nodes:
             if node.op == "placeholder":
@@ -230,9 +201,7 @@ def _single_crossings(trace: Trace, ops: list[fx.Node]) -> dict[int, fx.Node]:
     order = {node: i for i, node in enumerate(ops)}
     end = len(ops)
     placeholder = next(iter(trace.graph.nodes))
-    last_use = {
-        node: max((order.get(user, end) for user in node.users), default=-1) for node in (placeholder, *ops)
-    }
+    last_use = {node: max((order.get(user, end) for user in node.users), default=-1) for node in (placeholder, *ops)}
     crossings = {}
     alive = {placeholder}
     for position, node in enumerate(ops):

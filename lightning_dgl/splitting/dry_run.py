@@ -2,14 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
+
+from lightning_dgl.splitting.errors import SplitError
+
+T = TypeVar("T")
+
+
+def example_batch(network: nn.Module, example_input: Tensor | Sequence[int]) -> Tensor:
+    """``example_input`` (or zeros of that shape) as a batch of at least two: BatchNorm cannot train on one sample.
+
+    Raises:
+        SplitError: if it is not a batch, or not on the network's device.
+    """
+    device = next((p.device for p in network.parameters()), None)
+    if isinstance(example_input, (tuple, list, torch.Size)) and all(isinstance(size, int) for size in example_input):
+        example_input = torch.zeros(*example_input, device=device)
+    if not isinstance(example_input, Tensor) or example_input.ndim < 2 or len(example_input) < 1:
+        given = f"shape {tuple(example_input.shape)}" if isinstance(example_input, Tensor) else repr(example_input)
+        raise SplitError(
+            "example_input must be a batch of inputs such as torch.zeros(2, 3, 32, 32), batch dimension first, got "
+            f"{given}."
+        )
+    if device is not None and device != example_input.device:
+        raise SplitError(
+            f"example_input is on {example_input.device}, but the network is on {device}. Move one of them, e.g. "
+            f"example_input.to({str(device)!r})."
+        )
+    return torch.cat([example_input, example_input]) if len(example_input) == 1 else example_input
+
+
+def output_shape(network: nn.Module, example_input: Tensor, training: bool) -> tuple[int, ...] | None:
+    """Shape of what ``network`` returns, None if that is not one tensor; the network is not changed.
+
+    Raises:
+        SplitError: if the example does not pass through the network.
+    """
+    output = dry_run(network, example_input, training, network)
+    return tuple(output.shape) if isinstance(output, Tensor) else None
+
+
+def dry_run(network: nn.Module, example_input: Tensor, training: bool, run: Callable[[Tensor], T]) -> T:
+    """Call ``run`` on a fake of the example, or on the example where that fails, and leave ``network`` as it was.
+
+    Raises:
+        SplitError: if ``run`` fails on the example, too.
+    """
+    fake = FakeRun(network)
+    with in_mode(network, training):
+        try:
+            with fake.active():
+                return run(fake.fake(example_input))
+        except Exception:  # an operation without a fake kernel, or an input that does not fit: real tensors will tell
+            pass
+        try:
+            with preserved_state(network), torch.no_grad():
+                return run(example_input.clone())
+        except Exception as error:
+            raise SplitError(
+                f"example_input of shape {tuple(example_input.shape)} and dtype {example_input.dtype} does not pass "
+                f"through {type(network).__name__} in {'train' if training else 'eval'} mode ({type(error).__name__}: "
+                f"{error}). Pass a batch that the network accepts."
+            ) from error
 
 
 @contextmanager

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_dgl.splitting.balance import HeadFactory, choose_points
+from lightning_dgl.splitting.balance import HeadFactory, choose_points, count_flops
 from lightning_dgl.splitting.blocks import build_blocks
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
-from lightning_dgl.splitting.dry_run import in_mode, preserved_state
+from lightning_dgl.splitting.dry_run import example_batch, in_mode, preserved_state
 from lightning_dgl.splitting.errors import SplitError
 
 
 @dataclass(frozen=True)
 class SplitNetwork:
-    """The blocks of a network and the split points between them."""
+    """The blocks of a network, the split points between them, and each block's forward FLOPs for one sample."""
 
     blocks: nn.ModuleList
     points: list[SplitPoint]
+    costs: list[float]
 
 
 def split(
@@ -79,10 +80,9 @@ def split_network(
         )
     if num_blocks is not None and (not isinstance(num_blocks, int) or num_blocks < 1):
         raise SplitError(f"num_blocks must be a whole number of at least 1, got {num_blocks!r}.")
+    example_input = example_batch(network, example_input)
     if num_blocks == 1 or (split_at is not None and len(split_at) == 0):
-        return SplitNetwork(nn.ModuleList([network]), [])
-    if isinstance(example_input, Tensor) and example_input.shape[:1] == (1,):
-        example_input = torch.cat([example_input, example_input])  # BatchNorm cannot train on a single sample
+        return SplitNetwork(nn.ModuleList([network]), [], [count_flops(network, example_input)])
     traced = analyse(network, example_input)
     if split_at is not None:
         points = _points_named(traced, split_at)
@@ -91,7 +91,8 @@ def split_network(
         points = choose_points(traced, num_blocks, balance, make_head)
     blocks = build_blocks(traced, points)
     _check_blocks(network, blocks, points, example_input)
-    return SplitNetwork(blocks, points)
+    ends = [*(point.cost for point in points), traced.cost]
+    return SplitNetwork(blocks, points, [end - start for start, end in zip([0.0, *ends], ends, strict=False)])
 
 
 def _points_named(traced: TracedNetwork, split_at: Sequence[str]) -> list[SplitPoint]:

@@ -246,9 +246,7 @@ class _Tracer(fx.Tracer):
             self.returns.append((path, output.node))
         return output
 
-    def _inline(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _inline(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.frame
         with self.only_what_the_graph_records(m):
             output = forward(*args, **kwargs)

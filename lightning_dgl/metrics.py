@@ -1,0 +1,84 @@
+"""Losses and metrics of every block, under the names in which they are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+
+def metric_collection(
+    metrics: Metric | MetricCollection | None, num_classes: int, ignore_index: int | None
+) -> MetricCollection:
+    """What is measured for each block: by default top-1 accuracy as ``acc``.
+
+    A collection keeps its own names; a single metric is named after its class, an accuracy ``acc``.
+    """
+    if metrics is None:
+        # Targets are checked once for each batch; checking in every metric would synchronise with the device.
+        metrics = MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index, validate_args=False)
+    if isinstance(metrics, MetricCollection):
+        return metrics
+    if not isinstance(metrics, Metric):
+        raise TypeError(f"metrics must be a torchmetrics Metric or MetricCollection, got {type(metrics).__name__}.")
+    name = "acc" if isinstance(metrics, (Accuracy, MulticlassAccuracy)) else type(metrics).__name__
+    return MetricCollection({name: metrics})
+
+
+def ensemble(scores: Sequence[Tensor]) -> Tensor:
+    """The paper's ensemble of all blocks' class scores: Σ_j 2^j softmax(scores_j), normalised.
+
+    Args:
+        scores: J tensors (N, classes), first block first.
+
+    Returns:
+        Class probabilities (N, classes).
+    """
+    weights = [2.0**j for j in range(len(scores))]
+    total = torch.stack([w * s.float().softmax(dim=1) for w, s in zip(weights, scores, strict=True)]).sum(dim=0)
+    return total / sum(weights)
+
+
+class BlockMetrics(nn.Module):
+    """Local losses and metrics of J blocks, and the metrics of their ensemble, over one pass through some data.
+
+    Values are named ``loss_block{j}`` and ``{metric}_block{j}`` for every block, ``loss`` and ``{metric}`` for the last
+    block, and ``{metric}_ensemble``.
+    """
+
+    def __init__(self, metrics: MetricCollection, num_blocks: int) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(MeanMetric() for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(metrics.clone() for _ in range(num_blocks))
+        self.ensemble = metrics.clone()
+
+    def batch_values(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Take in one batch and return its own values, the ensemble's left out."""
+        return self._named(losses, [metric(s, targets) for metric, s in zip(self.blocks, scores, strict=True)])
+
+    def update(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> None:
+        """Take in one batch of N samples: J local losses (scalars) and class scores (N, classes)."""
+        for mean, loss in zip(self.losses, losses, strict=True):
+            mean.update(loss, weight=len(targets))
+        for metric, block_scores in zip(self.blocks, scores, strict=True):
+            metric.update(block_scores, targets)
+        self.ensemble.update(ensemble(scores), targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The values over everything taken in since the last reset."""
+        values = self._named([mean.compute() for mean in self.losses], [metric.compute() for metric in self.blocks])
+        values.update({f"{name}_ensemble": value for name, value in self.ensemble.compute().items()})
+        return values
+
+    def reset(self) -> None:
+        for metric in (*self.losses, *self.blocks, self.ensemble):
+            metric.reset()
+
+    @staticmethod
+    def _named(losses: Sequence[Tensor], metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        blocks = [{"loss": loss, **values} for loss, values in zip(losses, metrics, strict=True)]
+        of_each = {f"{name}_block{j}": value for j, values in enumerate(blocks) for name, value in values.items()}
+        return {**blocks[-1], **of_each}

@@ -1,0 +1,532 @@
+"""The LightningModule that splits a network into blocks and trains each on its local loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import Metric, MetricCollection
+
+from lightning_dgl.callbacks import BlockSummary
+from lightning_dgl.heads import HeadFactory, head_factory
+from lightning_dgl.local_step import Gradients, deliver, local_gradients
+from lightning_dgl.metrics import BlockMetrics, ensemble, metric_collection
+from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
+from lightning_dgl.schedules import Schedule, Synchronous
+from lightning_dgl.splitting import (
+    Block,
+    SplitPoint,
+    count_flops,
+    example_batch,
+    in_mode,
+    output_shape,
+    preserved_state,
+    split_network,
+)
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A block's local loss is NaN or infinite; the message names the block and the step."""
+
+
+def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    """The paper's optimizer: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4."""
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+
+class DGLModule(LightningModule):
+    """A network split into J blocks, each trained greedily on a local loss (Algorithm 1 of the paper).
+
+    Block j maps its predecessor's detached output to its own; its auxiliary head scores that output, and the local loss
+    of the scores trains block and head. The last block ends in the network's own classifier and needs no head. No
+    gradient crosses a boundary, and at most one block's activations are held at a time.
+
+    Works under any single-device strategy and under DDP, and with :class:`~lightning_dgl.DGLStrategy`. A batch is
+    ``(inputs, targets)``: a tensor that the network takes, and class indices (N,) or class probabilities (N, classes).
+
+    Logged are ``train/loss`` and ``train/acc`` for each step, ``val/loss`` and ``val/acc`` (``test/`` alike) for each
+    epoch, all of the last block; the same followed by ``_block0``, ``_block1``, ... for every block; and
+    ``val/acc_ensemble``.
+
+    Args:
+        network: any feed-forward network, (N, C, H, W) -> class scores (N, classes). It is trained in place.
+        num_blocks: J, cut where blocks are balanced; 1 is plain end-to-end backpropagation.
+        split_at: instead of ``num_blocks``: names of the modules to cut after, see :func:`find_split_points`.
+        example_input: a batch of the shape the network is trained on (its values do not matter), or that shape.
+        head: auxiliary head: "linear", "mlp", "mlp_sr" or "cnn", a callable ``(channels, spatial_size, num_classes) ->
+            nn.Module`` reading (N, C, H, W), or a list of J - 1 of these.
+        loss: ``(scores, targets) -> scalar``; cross-entropy by default.
+        optimizer: callable ``params -> Optimizer``, or a list of J; by default SGD with learning rate 0.1, momentum 0.9
+            and weight decay 5e-4.
+        lr_scheduler: callable ``optimizer -> LRScheduler``, or a list of J. ReduceLROnPlateau of block j watches
+            ``val/loss_block{j}``.
+        lr_interval: whether schedulers step each "epoch" or each "step".
+        metrics: a torchmetrics metric or collection, cloned for every block; top-1 accuracy by default.
+        balance: whether ``num_blocks`` balances "flops" or measured "time".
+        on_nonfinite: what a NaN or infinite local loss does: "raise" :class:`NonFiniteLossError` before any update, or
+            "skip" that block's gradients and buffer changes of this batch, counted in ``train/skipped_block{j}``.
+
+    Attributes:
+        network: the original object; ``network.state_dict()`` holds plain weights under the original keys.
+        blocks: the J blocks; they share the network's modules and parameters.
+        heads: the J - 1 auxiliary heads.
+        block_names: what each block contains, "first module to last module".
+        split_points: the J - 1 places where the network was cut.
+
+    Raises:
+        SplitError: if the network cannot be split as asked.
+        ValueError: for an argument that does not fit; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        num_blocks: int | None = None,
+        *,
+        split_at: list[str] | None = None,
+        example_input: Tensor | Sequence[int],
+        head: str | HeadFactory | list[str | HeadFactory] = "mlp_sr",
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        optimizer: OptimizerFactory | list[OptimizerFactory] = sgd,
+        lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        metrics: Metric | MetricCollection | None = None,
+        balance: Literal["flops", "time"] = "flops",
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        super().__init__()
+        _check_choice("lr_interval", lr_interval, ("epoch", "step"))
+        _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be an nn.Module, got {type(network).__name__}.")
+        example_input = example_batch(network, example_input)
+        given = {"num_blocks": num_blocks, "split_at": split_at, "head": head if isinstance(head, str) else None}
+        choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite}
+        self.save_hyperparameters({k: v for k, v in given.items() if v is not None} | choices)
+
+        num_classes = _num_classes(network, example_input)
+        factories = [head_factory(h) for h in head] if isinstance(head, list) else [head_factory(head)]
+
+        def make_head(point: SplitPoint, j: int = 0) -> nn.Module:
+            return factories[j if isinstance(head, list) else 0](point.channels, point.spatial_size, num_classes)
+
+        split = split_network(network, num_blocks, split_at, example_input, balance, make_head if factories else None)
+        num_blocks = len(split.blocks)
+        if isinstance(head, list):
+            _check_length("head", head, num_blocks - 1, "the last block has the network's own classifier")
+        self._optimizer_factories = _per_block("optimizer", optimizer, num_blocks)
+        self._lr_scheduler_factories = (
+            None if lr_scheduler is None else _per_block("lr_scheduler", lr_scheduler, num_blocks)
+        )
+
+        self.num_classes = num_classes
+        self.network = network
+        # Not registered: blocks are pieces of the network, and their parameters would be counted and saved twice.
+        self.__dict__["blocks"] = split.blocks
+        self.split_points = split.points
+        self.block_names = [_name(block) for block in split.blocks]
+        self.heads = nn.ModuleList(make_head(point, j) for j, point in enumerate(split.points))
+        self.heads.to(example_input.device)
+        self._check_heads(example_input.dtype)
+        self.block_flops = split.costs
+        self.head_flops = [
+            count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
+            for head, point in zip(self.heads, split.points, strict=True)
+        ]
+        self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
+        self._lr_interval = lr_interval
+        self._on_nonfinite = on_nonfinite
+        self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
+        self._metrics = nn.ModuleDict()
+        self._skipped = [0] * num_blocks
+        self._random_state: dict[str, Any] | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """J, the number of blocks."""
+        return len(self.blocks)
+
+    def block_parameters(self, block: int) -> list[nn.Parameter]:
+        """What block ``block`` trains: its own parameters, in the network's order, then its head's."""
+        inside = {id(p) for p in self.blocks[block].parameters()}
+        parameters = [p for p in self.network.parameters() if id(p) in inside]
+        if block < len(self.heads):
+            parameters += self.heads[block].parameters()
+        return [p for p in parameters if p.requires_grad]
+
+    # Scores
+
+    def forward(self, x: Tensor, block: int | None = None) -> Tensor:
+        """Class scores (N, classes) of the last block, or of block ``block``: an early exit."""
+        if block is None:
+            return self.network(x)
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"block must be from 0 to {self.num_blocks - 1}, got {block}.")
+        for j in range(block):
+            x = self.blocks[j](x)
+        return self._score(block, self.blocks[block](x))
+
+    def block_scores(self, x: Tensor) -> list[Tensor]:
+        """Class scores (N, classes) of every block, first block first."""
+        scores = []
+        for j, block in enumerate(self.blocks):
+            x = block(x)
+            scores.append(self._score(j, x))
+        return scores
+
+    def ensemble(self, x: Tensor) -> Tensor:
+        """Class probabilities (N, classes) of the paper's ensemble: Σ_j 2^j softmax(scores of block j), normalised."""
+        return ensemble(self.block_scores(x))
+
+    def _score(self, block: int, output: Tensor) -> Tensor:
+        if block == len(self.heads):
+            return output
+        version = output._version
+        scores = self.heads[block](self.split_points[block].as_images(output))
+        if output._version != version:
+            raise ValueError(
+                f"The head of block {block} overwrites its input in place, which the next block reads too. Pass "
+                "inplace=False to its first layer."
+            )
+        return scores
+
+    def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+        """The loss (a scalar) that trains block ``block``; override it for losses that differ between blocks."""
+        return self.loss(scores, targets)
+
+    # Training
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = self._check_batch(batch, batch_idx)
+        losses: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
+        gradients: dict[int, Gradients] = {}
+        buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        parameters = self._trained_parameters()
+
+        def local_step(block: int, x: Tensor, y: Tensor) -> Tensor:
+            if self._on_nonfinite == "skip":
+                buffers[block] = [(buffer, buffer.clone()) for buffer in self._block_buffers(block)]
+            output = self.blocks[block](x)
+            block_scores = self._score(block, output)
+            loss = self.local_loss(block, block_scores, y)
+            gradients[block] = local_gradients(self._scaled(block, loss), parameters[block])
+            losses[block], scores[block] = loss.detach(), block_scores.detach()
+            return output.detach()
+
+        self._schedule.step(local_step, self.num_blocks, inputs, targets)
+        for block in self._nonfinite(losses):
+            gradients[block] = [None] * len(gradients[block])
+            self._skipped[block] += 1
+            for buffer, before in buffers[block]:
+                buffer.copy_(before)
+        self._log_training(losses, scores, targets)
+        total = torch.stack([losses[j].float() for j in sorted(losses)]).sum()
+        return deliver(
+            total, [p for j in gradients for p in parameters[j]], [g for block in gradients.values() for g in block]
+        )
+
+    def _trained_parameters(self) -> list[list[nn.Parameter]]:
+        optimizer = self.trainer.optimizers[0]
+        assert isinstance(optimizer, BlockOptimizer)
+        return [
+            [p for group in own.param_groups for p in group["params"] if p.requires_grad]
+            for own in optimizer.optimizers
+        ]
+
+    @property
+    def _schedule(self) -> Schedule:
+        return getattr(self.trainer.strategy, "schedule", Synchronous())
+
+    def _scaled(self, block: int, loss: Tensor) -> Tensor:
+        loss = loss / self.trainer.accumulate_grad_batches
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler.scalers[block].scale(loss) if isinstance(scaler, BlockGradScaler) else loss
+
+    def _block_buffers(self, block: int) -> list[Tensor]:
+        heads = self.heads[block].buffers() if block < len(self.heads) else ()
+        return [*self.blocks[block].buffers(), *heads]
+
+    def _nonfinite(self, losses: dict[int, Tensor]) -> list[int]:
+        """Blocks whose loss is not finite, if they are to be skipped; one synchronisation with the device."""
+        order = sorted(losses)
+        values = torch.stack([losses[j].float() for j in order])
+        if torch.isfinite(values).all():
+            return []
+        blocks = [j for j, finite in zip(order, torch.isfinite(values).tolist(), strict=True) if not finite]
+        if self._on_nonfinite == "raise":
+            raise NonFiniteLossError(
+                f"The local loss of block {blocks[0]} ({self.block_names[blocks[0]]}) is {losses[blocks[0]].item()} at step "
+                f"{self.global_step}. Lower the learning rate or check the data; on_nonfinite='skip' skips that block's "
+                "update instead."
+            )
+        return blocks
+
+    def _log_training(self, losses: dict[int, Tensor], scores: dict[int, Tensor], targets: Tensor) -> None:
+        order = sorted(losses)
+        metrics = self._stage_metrics("train")
+        values = metrics.batch_values([losses[j] for j in order], [scores[j] for j in order], _class_indices(targets))
+        self._log_values("train", values, on_step=True, on_epoch=False, batch_size=len(targets))
+        if self._on_nonfinite == "skip":
+            counts = {f"train/skipped_block{j}": float(count) for j, count in enumerate(self._skipped)}
+            self.log_dict(counts, on_step=True, on_epoch=False)
+
+    # Evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("test", batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Class scores (N, classes) of the last block; a batch is inputs, or inputs first."""
+        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        inputs, targets = self._check_batch(batch, batch_idx)
+        scores = self.block_scores(inputs)
+        losses = [self.local_loss(j, block_scores, targets) for j, block_scores in enumerate(scores)]
+        self._stage_metrics(stage, dataloader_idx).update(losses, scores, _class_indices(targets))
+
+    def on_train_epoch_start(self) -> None:
+        self._reset_metrics("train")
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._reset_metrics("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val", len(self.trainer.num_val_batches))
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test", len(self.trainer.num_test_batches))
+
+    def _stage_metrics(self, stage: str, dataloader_idx: int = 0) -> BlockMetrics:
+        key = f"{stage}{dataloader_idx}"
+        if key not in self._metrics:
+            self._metrics[key] = BlockMetrics(self._metric_template[0], self.num_blocks).to(self.device)
+        metrics = self._metrics[key]
+        assert isinstance(metrics, BlockMetrics)
+        return metrics
+
+    def _reset_metrics(self, stage: str) -> None:
+        for key, metrics in self._metrics.items():
+            if key.rstrip("0123456789") == stage:
+                assert isinstance(metrics, BlockMetrics)
+                metrics.reset()
+
+    def _log_epoch(self, stage: str, num_dataloaders: int) -> None:
+        for i in range(num_dataloaders):
+            if f"{stage}{i}" in self._metrics:
+                suffix = f"/dataloader_idx_{i}" if num_dataloaders > 1 else ""
+                values = {f"{name}{suffix}": value for name, value in self._stage_metrics(stage, i).compute().items()}
+                # Metrics have agreed across ranks already; sync_dist only tells Lightning so.
+                self._log_values(stage, values, sync_dist=self.trainer.world_size > 1)
+
+    def _log_values(self, stage: str, values: dict[str, Tensor], **how: Any) -> None:
+        """Log values under the name of their stage; those of the last block go to the progress bar."""
+        for name, value in values.items():
+            in_bar = "_block" not in name and "_ensemble" not in name
+            self.log(f"{stage}/{name}", value, prog_bar=in_bar, **how)
+
+    # What Lightning asks for
+
+    def configure_optimizers(self) -> Any:
+        optimizers = []
+        for j, make in enumerate(self._optimizer_factories):
+            parameters = self.block_parameters(j)
+            if not parameters:
+                raise ValueError(
+                    f"Block {j} ({self.block_names[j]}) has no parameters to train. Cut elsewhere (split_at), or set "
+                    "requires_grad."
+                )
+            optimizers.append(make(parameters))
+        optimizer = BlockOptimizer(optimizers)
+        if self._lr_scheduler_factories is None:
+            return optimizer
+        scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
+        config = {"scheduler": scheduler, "interval": self._lr_interval, "name": "lr"}
+        if scheduler.reduce_on_plateau:
+            config |= {"reduce_on_plateau": True, "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step([self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each block's gradients by themselves, so that a block's update does not depend on the others."""
+        assert isinstance(optimizer, BlockOptimizer)
+        for own in optimizer.optimizers:
+            self.clip_gradients(own, gradient_clip_val, gradient_clip_algorithm)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Show the table of blocks wherever Lightning shows its table of modules."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        shown = any(isinstance(callback, ModelSummary) for callback in callbacks)
+        added = any(isinstance(callback, BlockSummary) for callback in callbacks)
+        return [BlockSummary()] if shown and not added else []
+
+    def on_fit_start(self) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not hasattr(strategy, "schedule"):
+            raise TypeError(
+                f"DGLModule trains under DGLStrategy, a single-device strategy or DDP, got {type(strategy).__name__}, which "
+                "shards or moves parameters that a local step needs whole. Pass Trainer(strategy='dgl')."
+            )
+        optimizers = self.trainer.optimizers
+        if not all(isinstance(optimizer, BlockOptimizer) for optimizer in optimizers):
+            raise TypeError(
+                f"DGLModule needs one optimizer for each block, but configure_optimizers returned "
+                f"{type(optimizers[0]).__name__}. Pass optimizer=... to DGLModule instead of overriding it (with "
+                "LightningCLI: --model.optimizer, not --optimizer)."
+            )
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and isinstance(plugin.scaler, torch.amp.GradScaler):
+            plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
+        if self._random_state is not None:  # before the data loader draws its seed
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in self._random_state:
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
+            self._random_state = None
+        _ = self.trainer.estimated_stepping_batches  # makes Lightning set up the training data
+        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise ValueError(
+                "The training data loader is empty: it has no batch. Check the data set's length, and that drop_last "
+                "leaves at least one batch."
+            )
+
+    # Checkpoints: which blocks they are of, and the random state, so that a resumed run continues as if uninterrupted
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        random_state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["lightning_dgl"] = {"block_names": self.block_names, "random_state": random_state}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("lightning_dgl")
+        if saved is None:
+            return
+        if saved["block_names"] != self.block_names:
+            raise ValueError(
+                f"The checkpoint's blocks are {saved['block_names']}, this module's are {self.block_names}. Make the module "
+                "with split_at so that it has the checkpoint's blocks."
+            )
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._random_state = saved["random_state"]
+
+    # Checks
+
+    def _check_heads(self, dtype: torch.dtype) -> None:
+        """Run each head on its block's output shape: it must return (N, classes) and leave its input alone."""
+        for j, (head, point) in enumerate(zip(self.heads, self.split_points, strict=True)):
+            if not isinstance(head, nn.Module):
+                raise TypeError(f"head must make an nn.Module, block {j} got {type(head).__name__}.")
+            features = torch.zeros(point.shape, dtype=dtype, device=next(self.network.parameters()).device)
+            with preserved_state(head), in_mode(head, True), torch.no_grad():
+                shape = tuple(self._score(j, features).shape)
+            if shape != (len(features), self.num_classes):
+                raise ValueError(
+                    f"The head of block {j} must return class scores ({len(features)}, {self.num_classes}), but returns "
+                    f"{shape}. Head callables get (channels, spatial_size, num_classes) = "
+                    f"({point.channels}, {point.spatial_size}, {self.num_classes})."
+                )
+
+    def _check_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+            raise TypeError(
+                f"A batch must be a pair of tensors (inputs, targets), got {_describe(batch)}. Let the data set or its "
+                "collate_fn return such pairs."
+            )
+        inputs, targets = batch
+        # On an accelerator looking at the values waits for them, so only the first batch of each epoch is looked at.
+        if not targets.is_floating_point() and (targets.device.type == "cpu" or batch_idx == 0):
+            wrong = (targets < 0) | (targets >= self.num_classes)
+            if self._ignore_index is not None:
+                wrong &= targets != self._ignore_index
+            if wrong.any():
+                raise ValueError(
+                    f"Targets must be from 0 to {self.num_classes - 1}, the network has {self.num_classes} classes, got "
+                    f"{targets[wrong][0].item()}. Fix the labels or the network's number of classes."
+                )
+        return inputs, targets
+
+
+# What the constructor asks of its arguments
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_length(name: str, values: Sequence[Any], expected: int, why: str) -> None:
+    if len(values) != expected:
+        raise ValueError(f"{name} is a list of {len(values)}, but must have {expected}: {why}.")
+
+
+def _per_block(name: str, factory: Any, num_blocks: int) -> list[Any]:
+    if isinstance(factory, (list, tuple)):
+        _check_length(name, factory, num_blocks, "one for each block")
+    factories = list(factory) if isinstance(factory, (list, tuple)) else [factory] * num_blocks
+    for make in factories:
+        if not callable(make):
+            raise TypeError(f"{name} must be a callable (or a list of callables), got {type(make).__name__}.")
+    return factories
+
+
+def _num_classes(network: nn.Module, example_input: Tensor) -> int:
+    for training in (True, False):
+        shape = output_shape(network, example_input, training)
+        if shape is None or len(shape) != 2 or shape[0] != len(example_input) or shape[1] < 2:
+            raise ValueError(
+                f"network must return class scores (N, classes), but {type(network).__name__} returns "
+                f"{'something other than one tensor' if shape is None else f'shape {shape}'} in "
+                f"{'train' if training else 'eval'} mode for N={len(example_input)}. Give it a classifier, or switch off "
+                "further outputs (torchvision's googlenet and inception_v3: aux_logits=False)."
+            )
+        num_classes = shape[1]
+    return num_classes
+
+
+def _name(block: nn.Module) -> str:
+    if isinstance(block, Block):
+        return f"{block.first} to {block.last}"
+    names = [name for name, module in block.named_modules() if next(module.children(), None) is None]
+    return f"{names[0]} to {names[-1]}"  # the whole network
+
+
+def _class_indices(targets: Tensor) -> Tensor:
+    """Targets as metrics take them: class probabilities, as of mixup, count as their most probable class."""
+    return targets.argmax(dim=1) if targets.is_floating_point() else targets
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
+    return type(batch).__name__
