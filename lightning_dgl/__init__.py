@@ -8,7 +8,6 @@ from lightning_dgl.schedules import Synchronous
 from lightning_dgl.splitting import SplitError, SplitPoint, find_split_points, split
 from lightning_dgl.strategy import DGLStrategy
 
-
 __all__ = [
     "BlockSummary",
     "CNNHead",

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.model_summary.model_summary import get_human_re
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from lightning_dgl.module import DGLModule
@@ -22,6 +23,7 @@ class BlockSummary(Callback):
     wherever Lightning shows its own ModelSummary (``Trainer(enable_model_summary=...)``).
     """
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(block_table(pl_module))  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ class LinearHead(_Head):
 
     Example::
 
+        >>> import torch
         >>> LinearHead(channels=16, spatial_size=8, num_classes=10)(torch.zeros(2, 16, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -75,6 +76,7 @@ class MLPHead(_Head):
 
     Example::
 
+        >>> import torch
         >>> MLPHead(channels=16, spatial_size=8, num_classes=10)(torch.zeros(2, 16, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -102,6 +104,7 @@ class MLPSRHead(_Head):
 
     Example::
 
+        >>> import torch
         >>> MLPSRHead(channels=16, spatial_size=8, num_classes=10)(torch.zeros(2, 16, 8, 8)).shape
         torch.Size([2, 10])
     """
@@ -130,6 +133,7 @@ class CNNHead(_Head):
 
     Example::
 
+        >>> import torch
         >>> CNNHead(channels=16, spatial_size=8, num_classes=10)(torch.zeros(2, 16, 8, 8)).shape
         torch.Size([2, 10])
     """

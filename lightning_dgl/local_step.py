@@ -18,7 +18,7 @@ Gradients = list[Tensor | None]
 
 
 def local_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Gradients of a block's local ``loss`` in its ``parameters`` (None where unused); frees the block's activations."""
+    """Gradients of a local ``loss`` in the block's ``parameters`` (None where unused); frees its activations."""
     if not loss.requires_grad:
         return [None] * len(parameters)
     # As outside of Lightning's forward context: autocast would change the dtype of what backward computes.

@@ -51,9 +51,10 @@ class BlockMetrics(nn.Module):
 
     def __init__(self, metrics: MetricCollection, num_blocks: int) -> None:
         super().__init__()
-        self.losses = nn.ModuleList(MeanMetric() for _ in range(num_blocks))
-        self.blocks = nn.ModuleList(metrics.clone() for _ in range(num_blocks))
+        self.losses = [MeanMetric() for _ in range(num_blocks)]
+        self.blocks = [metrics.clone() for _ in range(num_blocks)]
         self.ensemble = metrics.clone()
+        self._registered = nn.ModuleList([*self.losses, *self.blocks])  # so that they move between devices
 
     def batch_values(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
         """Take in one batch and return its own values, the ensemble's left out."""
@@ -74,7 +75,10 @@ class BlockMetrics(nn.Module):
         return values
 
     def reset(self) -> None:
-        for metric in (*self.losses, *self.blocks, self.ensemble):
+        """Forget everything taken in."""
+        for loss in self.losses:
+            loss.reset()
+        for metric in (*self.blocks, self.ensemble):
             metric.reset()
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
+from typing_extensions import override
 
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.heads import HeadFactory, head_factory
@@ -89,6 +90,8 @@ class DGLModule(LightningModule):
         SplitError: if the network cannot be split as asked.
         ValueError: for an argument that does not fit; the message names it, its value and the remedy.
     """
+
+    blocks: nn.ModuleList
 
     def __init__(
         self,
@@ -209,6 +212,7 @@ class DGLModule(LightningModule):
 
     # Training
 
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, targets = self._check_batch(batch, batch_idx)
         losses: dict[int, Tensor] = {}
@@ -269,9 +273,9 @@ class DGLModule(LightningModule):
         blocks = [j for j, finite in zip(order, torch.isfinite(values).tolist(), strict=True) if not finite]
         if self._on_nonfinite == "raise":
             raise NonFiniteLossError(
-                f"The local loss of block {blocks[0]} ({self.block_names[blocks[0]]}) is {losses[blocks[0]].item()} at step "
-                f"{self.global_step}. Lower the learning rate or check the data; on_nonfinite='skip' skips that block's "
-                "update instead."
+                f"The local loss of block {blocks[0]} ({self.block_names[blocks[0]]}) is {losses[blocks[0]].item()} "
+                f"at step {self.global_step}. Lower the learning rate or check the data; on_nonfinite='skip' skips "
+                "that block's update instead."
             )
         return blocks
 
@@ -286,12 +290,15 @@ class DGLModule(LightningModule):
 
     # Evaluation
 
+    @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("val", batch, batch_idx, dataloader_idx)
 
+    @override
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("test", batch, batch_idx, dataloader_idx)
 
+    @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Class scores (N, classes) of the last block; a batch is inputs, or inputs first."""
         return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
@@ -302,18 +309,23 @@ class DGLModule(LightningModule):
         losses = [self.local_loss(j, block_scores, targets) for j, block_scores in enumerate(scores)]
         self._stage_metrics(stage, dataloader_idx).update(losses, scores, _class_indices(targets))
 
+    @override
     def on_train_epoch_start(self) -> None:
         self._reset_metrics("train")
 
+    @override
     def on_validation_epoch_start(self) -> None:
         self._reset_metrics("val")
 
+    @override
     def on_test_epoch_start(self) -> None:
         self._reset_metrics("test")
 
+    @override
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val", len(self.trainer.num_val_batches))
 
+    @override
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test", len(self.trainer.num_test_batches))
 
@@ -347,6 +359,7 @@ class DGLModule(LightningModule):
 
     # What Lightning asks for
 
+    @override
     def configure_optimizers(self) -> Any:
         optimizers = []
         for j, make in enumerate(self._optimizer_factories):
@@ -361,17 +374,19 @@ class DGLModule(LightningModule):
         if self._lr_scheduler_factories is None:
             return optimizer
         scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
-        config = {"scheduler": scheduler, "interval": self._lr_interval, "name": "lr"}
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self._lr_interval, "name": "lr"}
         if scheduler.reduce_on_plateau:
             config |= {"reduce_on_plateau": True, "monitor": "val/loss"}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is None:
             scheduler.step()
         else:
             scheduler.step([self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)])
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -383,6 +398,7 @@ class DGLModule(LightningModule):
         for own in optimizer.optimizers:
             self.clip_gradients(own, gradient_clip_val, gradient_clip_algorithm)
 
+    @override
     def configure_callbacks(self) -> list[Callback]:
         """Show the table of blocks wherever Lightning shows its table of modules."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -390,12 +406,13 @@ class DGLModule(LightningModule):
         added = any(isinstance(callback, BlockSummary) for callback in callbacks)
         return [BlockSummary()] if shown and not added else []
 
+    @override
     def on_fit_start(self) -> None:
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) and not hasattr(strategy, "schedule"):
             raise TypeError(
-                f"DGLModule trains under DGLStrategy, a single-device strategy or DDP, got {type(strategy).__name__}, which "
-                "shards or moves parameters that a local step needs whole. Pass Trainer(strategy='dgl')."
+                f"DGLModule trains under DGLStrategy, a single-device strategy or DDP, got {type(strategy).__name__}, "
+                "which does not leave every block's parameters whole on its device. Pass Trainer(strategy='dgl')."
             )
         optimizers = self.trainer.optimizers
         if not all(isinstance(optimizer, BlockOptimizer) for optimizer in optimizers):
@@ -421,20 +438,22 @@ class DGLModule(LightningModule):
 
     # Checkpoints: which blocks they are of, and the random state, so that a resumed run continues as if uninterrupted
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         random_state = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["lightning_dgl"] = {"block_names": self.block_names, "random_state": random_state}
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("lightning_dgl")
         if saved is None:
             return
         if saved["block_names"] != self.block_names:
             raise ValueError(
-                f"The checkpoint's blocks are {saved['block_names']}, this module's are {self.block_names}. Make the module "
-                "with split_at so that it has the checkpoint's blocks."
+                f"The checkpoint's blocks are {saved['block_names']}, this module's are {self.block_names}. Make the "
+                "module with split_at so that it has the checkpoint's blocks."
             )
         trainer = self._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
@@ -452,8 +471,8 @@ class DGLModule(LightningModule):
                 shape = tuple(self._score(j, features).shape)
             if shape != (len(features), self.num_classes):
                 raise ValueError(
-                    f"The head of block {j} must return class scores ({len(features)}, {self.num_classes}), but returns "
-                    f"{shape}. Head callables get (channels, spatial_size, num_classes) = "
+                    f"The head of block {j} must return class scores ({len(features)}, {self.num_classes}), but "
+                    f"returns {shape}. Head callables get (channels, spatial_size, num_classes) = "
                     f"({point.channels}, {point.spatial_size}, {self.num_classes})."
                 )
 
@@ -471,8 +490,8 @@ class DGLModule(LightningModule):
                 wrong &= targets != self._ignore_index
             if wrong.any():
                 raise ValueError(
-                    f"Targets must be from 0 to {self.num_classes - 1}, the network has {self.num_classes} classes, got "
-                    f"{targets[wrong][0].item()}. Fix the labels or the network's number of classes."
+                    f"Targets must be from 0 to {self.num_classes - 1}, the network has {self.num_classes} classes, "
+                    f"got {targets[wrong][0].item()}. Fix the labels or the network's number of classes."
                 )
         return inputs, targets
 
@@ -507,8 +526,8 @@ def _num_classes(network: nn.Module, example_input: Tensor) -> int:
             raise ValueError(
                 f"network must return class scores (N, classes), but {type(network).__name__} returns "
                 f"{'something other than one tensor' if shape is None else f'shape {shape}'} in "
-                f"{'train' if training else 'eval'} mode for N={len(example_input)}. Give it a classifier, or switch off "
-                "further outputs (torchvision's googlenet and inception_v3: aux_logits=False)."
+                f"{'train' if training else 'eval'} mode for N={len(example_input)}. Give it a classifier, or switch "
+                "off further outputs (torchvision's googlenet and inception_v3: aux_logits=False)."
             )
         num_classes = shape[1]
     return num_classes

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from typing_extensions import override
 
 
 class _States(MutableMapping[Tensor, Any]):
@@ -75,13 +76,16 @@ class BlockOptimizer(Optimizer):
         self._optimizer_step_post_hooks = OrderedDict()
 
     @property
+    @override
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
+    @override
     def state(self) -> _States:  # type: ignore[override]
         return _States(self.optimizers)
 
+    @override
     @Optimizer.profile_hook_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
@@ -92,18 +96,22 @@ class BlockOptimizer(Optimizer):
             optimizer.step()
         return loss
 
+    @override
     def zero_grad(self, set_to_none: bool = True) -> None:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
+    @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise NotImplementedError(
             "A parameter group belongs to one block: add it to module.optimizers().optimizers[j] of that block."
         )
 
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"blocks": [optimizer.state_dict() for optimizer in self.optimizers]}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states = _states_of_blocks(state_dict, len(self.optimizers), "optimizer")
         for optimizer, state in zip(self.optimizers, states, strict=True):
@@ -147,12 +155,15 @@ class BlockLRScheduler:
                 scheduler.step()
 
     def get_last_lr(self) -> list[float]:
+        """The current learning rate of every parameter group, first block first."""
         return [rate for scheduler in self.schedulers for rate in scheduler.get_last_lr()]  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
+        """``{"blocks": [...]}`` with every block's own state."""
         return {"blocks": [scheduler.state_dict() for scheduler in self.schedulers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; ValueError if it is of another number of blocks."""
         states = _states_of_blocks(state_dict, len(self.schedulers), "learning-rate scheduler")
         for scheduler, state in zip(self.schedulers, states, strict=True):
             scheduler.load_state_dict(state)
@@ -186,6 +197,7 @@ class BlockGradScaler:
         return outputs
 
     def unscale_(self, optimizer: BlockOptimizer) -> None:
+        """Divide every block's gradients by its scale, and note which blocks overflowed."""
         for scaler, own in zip(self.scalers, optimizer.optimizers, strict=True):
             if _has_gradients(own):
                 scaler.unscale_(own)
@@ -201,9 +213,11 @@ class BlockGradScaler:
         """Do nothing: each scaler was updated in its own step."""
 
     def state_dict(self) -> dict[str, Any]:
+        """``{"blocks": [...]}`` with every block's own state."""
         return {"blocks": [scaler.state_dict() for scaler in self.scalers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; ValueError if it is of another number of blocks."""
         for scaler, state in zip(
             self.scalers, _states_of_blocks(state_dict, len(self.scalers), "gradient scaler"), strict=True
         ):
@@ -219,7 +233,7 @@ def _states_of_blocks(state_dict: dict[str, Any], num_blocks: int, what: str) ->
     if states is None or len(states) != num_blocks:
         found = "no blocks" if states is None else f"{len(states)} blocks"
         raise ValueError(
-            f"The checkpoint holds {what} states of {found}, this module has {num_blocks}. Make the module with the same "
-            "number of blocks as the one that was saved."
+            f"The checkpoint holds {what} states of {found}, this module has {num_blocks}. Make the module with the "
+            "same number of blocks as the one that was saved."
         )
     return states

@@ -27,6 +27,7 @@ class Synchronous:
     """
 
     def step(self, local_step: LocalStep, num_blocks: int, inputs: Tensor, targets: Tensor) -> None:
+        """Take one local step of every block on ``inputs`` and what its predecessor makes of them."""
         for block in range(num_blocks):
             inputs = local_step(block, inputs, targets)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from typing_extensions import override
 
 from lightning_dgl.module import DGLModule
 from lightning_dgl.schedules import Schedule, make_schedule
@@ -53,10 +55,12 @@ class DGLStrategy(ParallelStrategy):
         self.num_nodes = 1  # set by the Trainer
 
     @property
+    @override
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
         return self.parallel_devices[0]
 
+    @override
     def connect(self, model: LightningModule) -> None:
         if not isinstance(model, DGLModule):
             raise TypeError(
@@ -65,6 +69,7 @@ class DGLStrategy(ParallelStrategy):
             )
         super().connect(model)
 
+    @override
     def setup_environment(self) -> None:
         num_devices = len(self.parallel_devices or [])
         if num_devices * self.num_nodes != 1:
@@ -74,21 +79,26 @@ class DGLStrategy(ParallelStrategy):
             )
         super().setup_environment()
 
+    @override
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
 
     # One process: nothing to gather, reduce or wait for.
 
+    @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         return tensor
 
+    @override
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
         return tensor
 
+    @override
     def barrier(self, name: str | None = None) -> None:
         pass
 
+    @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
 

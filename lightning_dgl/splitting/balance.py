@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, operations
@@ -144,14 +145,14 @@ def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
             for _ in range(repeats + 1):
                 values: dict[fx.Node, Any] = {node: run_node(network, node, {}) for node in attributes}
                 began = _now(tensor)
-                # A copy that needs no gradient at the very input, and one that does nowhere else: blocks are detached.
+                # Detached, as a block's input is.
                 values[source] = tensor.detach().clone()
                 for node in nodes:
                     values[node] = run_node(network, node, values)
-                result = fx.map_arg(target, lambda node: values[node])
-                tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if t.requires_grad]
-                if tensors:
-                    torch.autograd.grad(sum(t.float().sum() for t in tensors), _parameters(network), allow_unused=True)
+                outputs = [t for t in tree_leaves(fx.map_arg(target, values.__getitem__)) if t.requires_grad]
+                if outputs:
+                    total = torch.stack([t.float().sum() for t in outputs]).sum()
+                    torch.autograd.grad(total, _parameters(network), allow_unused=True)
                 runs.append(_now(tensor) - began)
             seconds.append(statistics.median(runs[1:]))
             if i < len(boundaries):

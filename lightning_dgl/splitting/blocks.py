@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from typing_extensions import override
 
 from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
@@ -27,6 +28,7 @@ class BlockCode:
 
     @classmethod
     def generate(cls, graph: fx.Graph) -> BlockCode:
+        """Write down what ``graph`` does."""
         code = graph.python_code(root_module="self")
         return cls(code.src, dict(code.globals))
 
@@ -55,7 +57,8 @@ class Block(nn.Module):
         last: name of the last one.
     """
 
-    training: bool
+    _network: nn.Module
+    _code: dict[bool, BlockCode]
 
     def __init__(self, network: nn.Module, code: dict[bool, BlockCode], graphs: Iterable[fx.Graph]) -> None:
         super().__init__()
@@ -94,10 +97,12 @@ class Block(nn.Module):
             parent.register_parameter(name, value)
 
     def forward(self, x: Tensor) -> Any:
+        """Run the piece on ``x``, in the network's present mode."""
         return self._code[self._network.training].function(self._network, x)
 
     @property  # type: ignore[no-redef]
     def training(self) -> bool:
+        """The network's mode."""
         return self._network.training
 
     @training.setter
@@ -107,13 +112,15 @@ class Block(nn.Module):
             for path in self.__dict__.get("_containers", ()):
                 self._network.get_submodule(path).training = mode
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for path, name in self._cut_through_buffers:
             owner = self._network.get_submodule(path)
             owner._buffers[name] = fn(getattr(owner, name))
         return self
 
+    @override
     def extra_repr(self) -> str:
         return f"{self.first} to {self.last}"
 
@@ -192,7 +199,7 @@ class _GraphBuilder:
     def _can_be_whole(self, call: ModuleCall) -> bool:
         if not call.callable_whole:
             return False
-        inside = {node for node in call.nodes()}
+        inside = set(call.nodes())
         span = [self._order[node] for node in inside if node in self._order]
         if any(min(span, default=0) <= cut.position < max(span, default=0) for cut in self._cuts):
             return False

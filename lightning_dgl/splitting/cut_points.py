@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -86,6 +86,7 @@ class TracedNetwork:
 
     @property
     def usable(self) -> list[SplitPoint]:
+        """The points where cutting corrupts nothing."""
         return [point for point in self.points if not point.in_place_hazard]
 
 
@@ -101,6 +102,8 @@ def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPo
 
     Example::
 
+        >>> import torch
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 10))
         >>> [(point.name, point.shape, point.rank) for point in find_split_points(net, torch.zeros(2, 3, 8, 8))]
         [('0', (2, 8, 6, 6), 3), ('1', (2, 8, 6, 6), 1), ('2', (2, 288), 2)]
@@ -155,6 +158,7 @@ class _Run:
     output: Any
 
     def overwritten(self, cut: Cut) -> bool:
+        """Whether something after ``cut`` changed the tensor that crosses it, in place."""
         return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
 
 
@@ -302,7 +306,9 @@ def _channel_dim(network: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[
     shape = shapes[node]
     if len(shape) == 2:
         return 1
-    for neighbours in (lambda n: n.users, lambda n: n.all_input_nodes):
+    readers: Callable[[fx.Node], list[fx.Node]] = lambda n: list(n.users)  # noqa: E731
+    writers: Callable[[fx.Node], list[fx.Node]] = lambda n: n.all_input_nodes  # noqa: E731
+    for neighbours in (readers, writers):
         seen, queue = {node}, [node]
         while queue:
             for other in neighbours(queue.pop(0)):

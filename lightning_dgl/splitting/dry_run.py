@@ -123,10 +123,12 @@ class FakeRun:
 
     @contextmanager
     def active(self) -> Iterator[None]:
+        """Let the network's parameters and buffers be fake."""
         saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
         try:
             for module in self._network.modules():
-                for store in (module._parameters, module._buffers):
+                stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for store in stores:
                     if store:
                         saved.append((store, dict(store)))
                         for name, value in store.items():

@@ -55,11 +55,13 @@ def split(
 
     Example::
 
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
         >>> blocks = split(net, split_at=["1"], example_input=torch.zeros(2, 3, 8, 8))
         >>> blocks[0](torch.zeros(2, 3, 8, 8)).shape
         torch.Size([2, 8, 6, 6])
-        >>> blocks[1].get_parameter("2.weight") is net[2].weight
+        >>> blocks[1].get_parameter("3.weight") is net[3].weight
         True
     """
     return split_network(network, num_blocks, split_at, example_input, balance).blocks
@@ -106,15 +108,15 @@ def _points_named(traced: TracedNetwork, split_at: Sequence[str]) -> list[SplitP
         point = by_name[name]
         if point.in_place_hazard:
             raise SplitError(
-                f"split_at names {name!r}, but an operation after it works in place on its output and would corrupt what "
-                f"the auxiliary head reads. Cut after that operation instead, or give it inplace=False."
+                f"split_at names {name!r}, but an operation after it works in place on its output and would corrupt "
+                "what the auxiliary head reads. Cut after that operation instead, or give it inplace=False."
             )
         if points and point is points[-1]:
             raise SplitError(f"split_at names the same place twice: {name!r}. Name each cut once.")
         if points and traced.points.index(point) < traced.points.index(points[-1]):
             raise SplitError(
-                f"split_at is out of order: {name!r} comes before {points[-1].name!r} in the forward. List the names in "
-                "forward order."
+                f"split_at is out of order: {name!r} comes before {points[-1].name!r} in the forward. List the names "
+                "in forward order."
             )
         points.append(point)
     return points
@@ -152,15 +154,15 @@ def _check_blocks(
                         if output._version != version:
                             raise SplitError(
                                 f"Block {j} overwrites its input, the output of {point.name!r}, in place, which would "
-                                "corrupt what the auxiliary head reads. Cut elsewhere (split_at), or avoid the in-place "
-                                "operation."
+                                "corrupt what the auxiliary head reads. Cut elsewhere (split_at), or avoid the "
+                                "in-place operation."
                             )
                     if j < len(points):
                         outputs.append((x, x._version))
         pairs = zip(tree_leaves(expected), tree_leaves(x), strict=True)
         if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
             raise SplitError(
-                f"The blocks do not reproduce {type(network).__name__} in {'train' if mode else 'eval'} mode: its forward "
-                "depends on something that tracing does not see, such as the batch size or state kept outside buffers. "
-                "Move that part into a submodule of its own, or pass the network as an nn.Sequential."
+                f"The blocks do not reproduce {type(network).__name__} in {'train' if mode else 'eval'} mode: its "
+                "forward depends on something that tracing does not see, such as the batch size or state kept outside "
+                "buffers. Move that part into a submodule of its own, or pass the network as an nn.Sequential."
             )

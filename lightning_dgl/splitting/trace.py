@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 from torch.fx.proxy import Proxy
+from typing_extensions import override
 
 from lightning_dgl.splitting.dry_run import FakeRun
 from lightning_dgl.splitting.errors import SplitError
@@ -80,16 +81,12 @@ def _trace(network: nn.Module, example_input: Tensor, mode: bool | None) -> Trac
         except _RootReadsMode:
             raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first_line = str(error).strip().partition("\n")[0]
+            reason = f"it {first_line}" if isinstance(error, _Opaque) else f"{type(error).__name__}: {first_line}"
             raise SplitError(
-                f"{type(network).__name__}.forward cannot be traced into blocks: it {reason}. Move the part that does so "
-                "into a submodule of its own (a submodule that cannot be traced is kept whole), or pass the network as "
-                "an nn.Sequential of its parts and name the cuts with split_at."
-                if isinstance(error, _Opaque)
-                else f"{type(network).__name__}.forward cannot be traced into blocks ({type(error).__name__}: {reason}). "
-                "Move the part of it that needs real values into a submodule of its own (a submodule that cannot be "
-                "traced is kept whole), or pass the network as an nn.Sequential of its parts and name the cuts with "
-                "split_at."
+                f"{type(network).__name__}.forward cannot be traced into blocks ({reason}). Move the part that cannot "
+                "be into a submodule of its own (a submodule that cannot be traced is kept whole), or pass the network "
+                "as an nn.Sequential of its parts and name the cuts with split_at."
             ) from error
     return Trace(graph, tracer.frame, tracer.returns, tracer.kept_whole)
 
@@ -151,8 +148,8 @@ class _InPlaceProxy(Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-def _record_in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
-    def method(self: Proxy, other: Any) -> Proxy:
+def _record_in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Any]:
+    def method(self: Proxy, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
     return method
@@ -184,13 +181,16 @@ class _Tracer(fx.Tracer):
 
     # What the graph consists of
 
+    @override
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._ambient = _ambient()
         return super().trace(root, concrete_args)
 
+    @override
     def proxy(self, node: fx.Node) -> Proxy:
         return _InPlaceProxy(node, self)
 
+    @override
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self._ambient:
             raise _Opaque("switches gradients or autocast on or off for a part of it")
@@ -199,6 +199,7 @@ class _Tracer(fx.Tracer):
             self.frame.items.append(node)
         return node
 
+    @override
     def create_arg(self, a: Any) -> Argument:
         if isinstance(a, _HiddenMode):
             a.refuse()
@@ -212,6 +213,7 @@ class _Tracer(fx.Tracer):
     def _belongs_to_network(self, tensor: Tensor) -> bool:
         return any(tensor is own for own in (*self.root.parameters(), *self.root.buffers(), *self.tensor_attrs))
 
+    @override
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
@@ -220,6 +222,7 @@ class _Tracer(fx.Tracer):
 
     # Modules
 
+    @override
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -281,6 +284,7 @@ class _Tracer(fx.Tracer):
                 break
             self.graph.erase_node(node)
 
+    @override
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         if self._evaluating:
             return attr_val
@@ -288,17 +292,19 @@ class _Tracer(fx.Tracer):
 
     # Values that tracing itself needs: shapes, and conditions on shapes
 
+    @override
     def to_bool(self, obj: Proxy) -> bool:
         value = self._value(obj.node)
         if isinstance(value, Tensor):
             raise _Opaque("branches on the values of a tensor")
         return bool(value)
 
+    @override
     def iter(self, obj: Proxy) -> Iterator[Any]:
         value = self._value(obj.node)
         if not isinstance(value, (tuple, list)):
             raise _Opaque("loops over a tensor")
-        return iter([obj[i] for i in range(len(value))])
+        return iter([operator.getitem(obj, i) for i in range(len(value))])
 
     def _value(self, node: fx.Node) -> Any:
         self._evaluating = True
