@@ -24,10 +24,10 @@ from lightning_dgl.metrics import BlockMetrics, ensemble, metric_collection
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
-    Block,
     SplitPoint,
     count_flops,
     example_batch,
+    extent,
     in_mode,
     output_shape,
     preserved_state,
@@ -139,7 +139,7 @@ class DGLModule(LightningModule):
         # Not registered: blocks are pieces of the network, and their parameters would be counted and saved twice.
         self.__dict__["blocks"] = split.blocks
         self.split_points = split.points
-        self.block_names = [_name(block) for block in split.blocks]
+        self.block_names = [extent(block) for block in split.blocks]
         self.heads = nn.ModuleList(make_head(point, j) for j, point in enumerate(split.points))
         self.heads.to(example_input.device)
         self._check_heads(example_input.dtype)
@@ -197,14 +197,7 @@ class DGLModule(LightningModule):
     def _score(self, block: int, output: Tensor) -> Tensor:
         if block == len(self.heads):
             return output
-        version = output._version
-        scores = self.heads[block](self.split_points[block].as_images(output))
-        if output._version != version:
-            raise ValueError(
-                f"The head of block {block} overwrites its input in place, which the next block reads too. Pass "
-                "inplace=False to its first layer."
-            )
-        return scores
+        return self.heads[block](self.split_points[block].as_images(output))
 
     def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
         """The loss (a scalar) that trains block ``block``; override it for losses that differ between blocks."""
@@ -429,7 +422,7 @@ class DGLModule(LightningModule):
             if self.device.type == "cuda" and "cuda" in self._random_state:
                 torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
             self._random_state = None
-        _ = self.trainer.estimated_stepping_batches  # makes Lightning set up the training data
+        self.trainer.fit_loop.setup_data()
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
             raise ValueError(
                 "The training data loader is empty: it has no batch. Check the data set's length, and that drop_last "
@@ -467,8 +460,14 @@ class DGLModule(LightningModule):
             if not isinstance(head, nn.Module):
                 raise TypeError(f"head must make an nn.Module, block {j} got {type(head).__name__}.")
             features = torch.zeros(point.shape, dtype=dtype, device=next(self.network.parameters()).device)
-            with preserved_state(head), in_mode(head, True), torch.no_grad():
-                shape = tuple(self._score(j, features).shape)
+            for training in (True, False):
+                with preserved_state(head), in_mode(head, training), torch.no_grad():
+                    shape = tuple(self._score(j, features).shape)
+            if features._version > 0:
+                raise ValueError(
+                    f"The head of block {j} overwrites its input in place, which the next block reads too. Pass "
+                    "inplace=False to its first layer."
+                )
             if shape != (len(features), self.num_classes):
                 raise ValueError(
                     f"The head of block {j} must return class scores ({len(features)}, {self.num_classes}), but "
@@ -531,13 +530,6 @@ def _num_classes(network: nn.Module, example_input: Tensor) -> int:
             )
         num_classes = shape[1]
     return num_classes
-
-
-def _name(block: nn.Module) -> str:
-    if isinstance(block, Block):
-        return f"{block.first} to {block.last}"
-    names = [name for name, module in block.named_modules() if next(module.children(), None) is None]
-    return f"{names[0]} to {names[-1]}"  # the whole network
 
 
 def _class_indices(targets: Tensor) -> Tensor:

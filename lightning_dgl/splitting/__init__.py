@@ -4,19 +4,19 @@ trace -> cut_points -> balance -> blocks, in the order in which a network passes
 """
 
 from lightning_dgl.splitting.balance import count_flops
-from lightning_dgl.splitting.blocks import Block
+from lightning_dgl.splitting.blocks import extent
 from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
 from lightning_dgl.splitting.dry_run import example_batch, in_mode, output_shape, preserved_state
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
 
 __all__ = [
-    "Block",
     "SplitError",
     "SplitNetwork",
     "SplitPoint",
     "count_flops",
     "example_batch",
+    "extent",
     "find_split_points",
     "in_mode",
     "output_shape",

@@ -51,21 +51,20 @@ class Block(nn.Module):
     Its parameters, buffers and submodules are the network's own, under the names they have there. Its mode is the
     network's, too: ``network.eval()`` reaches every block, and ``block.train()`` or ``block.eval()`` sets the modules
     that the block runs, and the network's own flag, which all blocks of a network share.
-
-    Attributes:
-        first: name of the first module or operation in the block.
-        last: name of the last one.
     """
 
     _network: nn.Module
+    _extent: str
     _code: dict[bool, BlockCode]
 
-    def __init__(self, network: nn.Module, code: dict[bool, BlockCode], graphs: Iterable[fx.Graph]) -> None:
+    def __init__(
+        self, network: nn.Module, extent: str, code: dict[bool, BlockCode], graphs: Iterable[fx.Graph]
+    ) -> None:
         super().__init__()
+        self._extent = extent  # attributes are private: submodules of any name may be attached
         # Not registered: the block is a piece of the network, not its owner.
         self.__dict__["_network"] = network
         self.__dict__["_code"] = code
-        self.first = self.last = ""
         containers: dict[str, None] = {}
         # Buffers of modules that a cut passes through stay with the network, which reads and moves them.
         self._cut_through_buffers: list[tuple[str, str]] = []
@@ -122,7 +121,15 @@ class Block(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        return f"{self.first} to {self.last}"
+        return self._extent
+
+
+def extent(block: nn.Module) -> str:
+    """What a block contains, "first module to last module"; ``block`` may also be a whole network."""
+    if isinstance(block, Block):
+        return block._extent
+    names = [name for name, module in block.named_modules() if name and next(module.children(), None) is None]
+    return f"{names[0]} to {names[-1]}" if names else type(block).__name__
 
 
 def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.ModuleList:
@@ -138,13 +145,12 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
     blocks = nn.ModuleList()
     for j in range(len(points) + 1):
         pair = {mode: graphs[mode][j] for mode in (True, False)}
-        block = Block(traced.network, {mode: BlockCode.generate(graph) for mode, graph in pair.items()}, pair.values())
         # A block is named after the modules that it calls; one that calls none, after its operations.
         operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
         names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
-        block.first = names[0]
-        block.last = points[j].name if j < len(points) else names[-1]
-        blocks.append(block)
+        name = f"{names[0]} to {points[j].name if j < len(points) else names[-1]}"
+        code = {mode: BlockCode.generate(graph) for mode, graph in pair.items()}
+        blocks.append(Block(traced.network, name, code, pair.values()))
     _check_nothing_shared(blocks)
     return blocks
 

@@ -1,0 +1,153 @@
+"""Synchronous DGL against the paper's Algorithm 1, written out as a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_dgl import DGLModule
+from tests.conftest import loader, small_cnn
+
+CUTS = {1: [], 2: ["6"], 4: ["2", "6", "10"]}
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=5e-4)
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.2)
+
+
+def pieces(module: DGLModule) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Copies of the blocks as plain Sequentials, and of the heads; the last block has none."""
+    layers = list(copy.deepcopy(module.network))
+    ends = [int(point.name) + 1 for point in module.split_points] + [len(layers)]
+    blocks: list[nn.Module] = [nn.Sequential(*layers[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    return blocks, [*copy.deepcopy(module.heads), nn.Identity()]
+
+
+def algorithm_1(
+    blocks: list[nn.Module], heads: list[nn.Module], data: DataLoader[tuple[Tensor, ...]], max_steps: int
+) -> None:
+    """Train ``blocks`` in place for ``max_steps`` batches; schedulers step after each pass through the data."""
+    optimizers = [sgd([*block.parameters(), *head.parameters()]) for block, head in zip(blocks, heads, strict=True)]
+    schedulers = [step_lr(optimizer) for optimizer in optimizers]
+    step = 0
+    while step < max_steps:
+        for inputs, targets in data:
+            torch.manual_seed(step)
+            x = inputs
+            for block, head, optimizer in zip(blocks, heads, optimizers, strict=True):
+                output = block(x)
+                loss = nn.functional.cross_entropy(head(output), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                x = output.detach()
+            step += 1
+            if step == max_steps:
+                break
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+class SeedEachStep(L.Callback):
+    """Lets dropout draw the same masks in Lightning and in the plain loop."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 4])
+@pytest.mark.parametrize("strategy", ["dgl", "auto"])
+def test_weights_equal_the_plain_loop_bit_for_bit(
+    num_blocks: int, strategy: str, make_trainer: Callable[..., L.Trainer]
+) -> None:
+    module = DGLModule(
+        small_cnn(dropout=0.3),
+        split_at=CUTS[num_blocks],
+        example_input=torch.zeros(2, 3, 8, 8),
+        optimizer=sgd,
+        lr_scheduler=step_lr,
+    )
+    blocks, heads = pieces(module)
+    data = loader(num_samples=38)  # an uneven last batch
+    algorithm_1(blocks, heads, data, max_steps=20)
+    trainer = make_trainer(strategy=strategy, max_epochs=-1, max_steps=20, callbacks=[SeedEachStep()])
+    trainer.fit(module, data)
+    expected = [tensor for block in blocks for tensor in block.state_dict().values()]
+    assert len(expected) == len(module.network.state_dict())
+    for (name, got), want in zip(module.network.state_dict().items(), expected, strict=True):
+        assert torch.equal(got, want), name
+    for head, want_head in zip(module.heads, heads, strict=False):
+        for name, want in want_head.state_dict().items():
+            assert torch.equal(head.state_dict()[name], want), name
+
+
+def test_no_gradient_crosses_a_boundary(make_trainer: Callable[..., L.Trainer]) -> None:
+    # Only the last block has a loss that depends on anything, so only the last block can have gradients.
+    class LastBlockOnly(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            loss = super().local_loss(block, scores, targets)
+            return loss if block == self.num_blocks - 1 else 0.0 * loss
+
+    module = LastBlockOnly(small_cnn(), split_at=CUTS[4], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
+    seen: list[float] = []
+
+    class Watch(L.Callback):
+        def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for block in module.blocks:
+                seen.append(sum(p.grad.abs().sum().item() for p in block.parameters() if p.grad is not None))
+
+    make_trainer(limit_train_batches=1, callbacks=[Watch()]).fit(module, loader())
+    assert seen[:3] == [0.0, 0.0, 0.0]
+    assert seen[3] > 0
+
+
+def test_one_block_s_activations_are_held_at_a_time(make_trainer: Callable[..., L.Trainer]) -> None:
+    module = DGLModule(small_cnn(), split_at=CUTS[4], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
+    held: dict[int, int] = {}  # storage -> how many saved tensors use it
+    blocks_holding: list[set[int]] = []
+    current = -1
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor, self.block = tensor, current
+            held[id(self)] = current
+            blocks_holding.append(set(held.values()))
+
+        def __del__(self) -> None:
+            held.pop(id(self), None)
+
+    def enter(block: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal current
+            current = block
+
+        return hook
+
+    for j, block in enumerate(module.blocks):
+        block.register_forward_pre_hook(enter(j))
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        make_trainer(limit_train_batches=2).fit(module, loader())
+    assert {frozenset(blocks) for blocks in blocks_holding} == {frozenset({j}) for j in range(4)}
+
+
+def test_blocks_step_on_outputs_from_before_the_update(make_trainer: Callable[..., L.Trainer]) -> None:
+    # With a learning rate of zero everywhere but in block 0, block 1 must see what block 0 gave before its update.
+    module = DGLModule(small_cnn(), split_at=CUTS[2], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
+    data = loader(num_samples=8)
+    with torch.no_grad():
+        before = module.network[:7](next(iter(data))[0])
+    received: list[Tensor] = []
+    module.blocks[1].register_forward_pre_hook(lambda block, args: received.append(args[0].clone()))
+    make_trainer(limit_train_batches=1).fit(module, data)
+    assert torch.equal(received[0], before)
