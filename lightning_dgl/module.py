@@ -75,7 +75,7 @@ class DGLModule(LightningModule):
             ``val/loss_block{j}``.
         lr_interval: whether schedulers step each "epoch" or each "step".
         metrics: a torchmetrics metric or collection, cloned for every block; top-1 accuracy by default.
-        balance: whether ``num_blocks`` balances "flops" or measured "time".
+        balance: what ``num_blocks`` balances: "flops", "memory" held for backward, or measured "time"; heads count.
         on_nonfinite: what a NaN or infinite local loss does: "raise" :class:`NonFiniteLossError` before any update, or
             "skip" that block's gradients and buffer changes of this batch, counted in ``train/skipped_block{j}``.
 
@@ -106,7 +106,7 @@ class DGLModule(LightningModule):
         lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         metrics: Metric | MetricCollection | None = None,
-        balance: Literal["flops", "time"] = "flops",
+        balance: Literal["flops", "memory", "time"] = "flops",
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()

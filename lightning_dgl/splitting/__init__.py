@@ -1,10 +1,11 @@
 """Splitting a network into blocks. Knows nothing of Lightning and of training.
 
-trace -> cut_points -> balance -> blocks, in the order in which a network passes through; splitter puts them together.
+trace -> cut_points -> costs -> balance -> blocks, in the order in which a network passes through them; splitter puts
+them together.
 """
 
-from lightning_dgl.splitting.balance import count_flops
 from lightning_dgl.splitting.blocks import extent
+from lightning_dgl.splitting.costs import count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
 from lightning_dgl.splitting.dry_run import example_batch, in_mode, output_shape, preserved_state
 from lightning_dgl.splitting.errors import SplitError

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_dgl.splitting.balance import HeadFactory, choose_points, count_flops
+from lightning_dgl.splitting.balance import choose_points
 from lightning_dgl.splitting.blocks import build_blocks
+from lightning_dgl.splitting.costs import HeadFactory, count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
 from lightning_dgl.splitting.dry_run import example_batch, in_mode, preserved_state
 from lightning_dgl.splitting.errors import SplitError
@@ -44,8 +45,9 @@ def split(
         num_blocks: how many blocks to make; the cuts are chosen so that the most expensive block is cheapest.
         split_at: instead of ``num_blocks``: names of the split points to cut after, in forward order.
         example_input: a batch of the shape the network is trained on, on the network's device.
-        balance: what ``num_blocks`` balances: "flops" (forward FLOPs, the same on every machine) or "time" (forward and
-            backward of the example batch, measured here; give it the batch size that you train with).
+        balance: what ``num_blocks`` balances: "flops" (forward FLOPs, the same on every machine), "memory" (what is
+            held for backward; least memory on one device) or "time" (forward and backward of the example batch,
+            measured here; give it the batch size that you train with).
 
     Returns:
         The blocks. ``block.parameters()`` are the network's own parameter objects.
@@ -159,10 +161,16 @@ def _check_blocks(
                             )
                     if j < len(points):
                         outputs.append((x, x._version))
-        pairs = zip(tree_leaves(expected), tree_leaves(x), strict=True)
-        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs):
+        try:
+            torch.testing.assert_close(_tensors(x), _tensors(expected), rtol=1e-3, atol=1e-5, equal_nan=True)
+        except AssertionError as error:
             raise SplitError(
                 f"The blocks do not reproduce {type(network).__name__} in {'train' if mode else 'eval'} mode: its "
                 "forward depends on something that tracing does not see, such as the batch size or state kept outside "
                 "buffers. Move that part into a submodule of its own, or pass the network as an nn.Sequential."
-            )
+            ) from error
+
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

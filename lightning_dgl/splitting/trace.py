@@ -106,11 +106,11 @@ class _HiddenMode:
         self.mode = mode
         self._error = error
 
-    def refuse(self) -> NoReturn:
+    def refuse(self, *_: Any) -> NoReturn:
         raise self._error("reads `self.training`")
 
-    def __bool__(self) -> bool:
-        self.refuse()
+    # By condition, comparison, index or number, and dictionary key.
+    __bool__ = __eq__ = __index__ = __hash__ = refuse
 
 
 @contextmanager

@@ -1,0 +1,129 @@
+"""Samples per second of Trainer + DGLStrategy over a bare PyTorch loop of the same algorithm.
+
+    python -m benchmarks.overhead --repeats 7
+
+Both train the same blocks and heads on the same batches; repeats are interleaved, and the ratio is taken pair by pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import platform
+import statistics
+import time
+import warnings
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dgl import DGLModule, DGLStrategy
+from lightning_dgl.module import sgd
+
+CHANNELS = (128, 256, 256, 512)
+
+
+def network() -> nn.Sequential:
+    """Four 3×3 convolutions with BatchNorm and ReLU, pooling before the second and the fourth, for 32×32 images."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for i, width in enumerate(CHANNELS):
+        pool = [nn.MaxPool2d(2)] if i % 2 else []
+        layers.append(nn.Sequential(*pool, nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()))
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
+
+
+class Clock(L.Callback):
+    """Times the steps after the first, which warms up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.began = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.seconds = time.perf_counter() - self.began
+
+
+def with_trainer(module: DGLModule, data: DataLoader[tuple[Tensor, ...]]) -> float:
+    clock = Clock()
+    L.Trainer(
+        strategy=DGLStrategy(),
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    ).fit(module, data)
+    return clock.seconds
+
+
+def bare_loop(blocks: nn.ModuleList, heads: list[nn.Module], data: DataLoader[tuple[Tensor, ...]]) -> float:
+    optimizers = [sgd([*block.parameters(), *head.parameters()]) for block, head in zip(blocks, heads, strict=True)]
+    began = 0.0
+    for i, (x, targets) in enumerate(data):
+        if i == 1:
+            began = time.perf_counter()
+        for block, head, optimizer in zip(blocks, heads, optimizers, strict=True):
+            output = block(x)
+            loss = nn.functional.cross_entropy(head(output), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            x = output.detach()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each run")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(args.threads)
+
+    num_samples = args.batch_size * (args.steps + 1)
+    data = DataLoader(
+        TensorDataset(torch.randn(num_samples, 3, 32, 32), torch.randint(0, 10, (num_samples,))), args.batch_size
+    )
+    module = DGLModule(network(), split_at=["0", "1", "2"], example_input=[2, 3, 32, 32])
+    blocks, heads = copy.deepcopy((module.blocks, [*module.heads, nn.Identity()]))
+    blocks.train()
+    ours, bare = [], []
+    for _ in range(args.repeats):
+        ours.append(with_trainer(module, data) / args.steps)
+        bare.append(bare_loop(blocks, heads, data) / args.steps)
+    ratios = [b / a for a, b in zip(ours, bare, strict=True)]
+
+    table = Table(
+        title=f"Four blocks, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}, "
+        f"{platform.machine()}, {args.repeats} interleaved repeats"
+    )
+    for column in ("", "median", "min", "max"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, values, unit in (
+        ("Trainer + DGLStrategy, ms a step", [1e3 * s for s in ours], ".1f"),
+        ("bare loop, ms a step", [1e3 * s for s in bare], ".1f"),
+        ("samples/s, Trainer over bare loop", ratios, ".3f"),
+    ):
+        table.add_row(name, *(format(f(values), unit) for f in (statistics.median, min, max)))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
