@@ -14,8 +14,9 @@ import gc
 import logging
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -134,7 +135,7 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="right")
     for name in args.models:
-        make: Callable[[], nn.Module] = lambda name=name: torchvision.models.get_model(name, weights=None)
+        make = partial(torchvision.models.get_model, name, weights=None)
         baseline, baseline_cuda = peak_of_training(Backpropagation(make()), batch)
         gc.collect()
         module = DGLModule(make(), args.blocks, example_input=batch[0][:2], balance=args.balance)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,25 +32,27 @@ class BlockSummary(Callback):
 
 def block_table(module: DGLModule) -> Table:
     """The table that :class:`BlockSummary` prints."""
-    table = Table(title="Blocks", title_justify="left", header_style="bold magenta")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
     table.add_column("", style="dim")
     table.add_column("Layers", overflow="fold")
     table.add_column("Output", no_wrap=True)
-    table.add_column("Params", justify="right")
-    table.add_column("FLOPs", justify="right")
+    table.add_column("Params", justify="right", no_wrap=True)
+    table.add_column("FLOPs", justify="right", no_wrap=True)
     table.add_column("Head", no_wrap=True)
-    table.add_column("Head FLOPs", justify="right")
+    table.add_column("Head\nparams", justify="right", no_wrap=True)
+    table.add_column("Head\nFLOPs", justify="right", no_wrap=True)
     table.add_column("Device", no_wrap=True)
     total = sum(module.block_flops)
     for j, block in enumerate(module.blocks):
         if j < len(module.heads):
             output = "×".join(str(size) for size in module.split_points[j].shape[1:])
-            head, share = type(module.heads[j]).__name__, _percent(module.head_flops[j], module.block_flops[j])
+            share = _percent(module.head_flops[j], module.block_flops[j])
+            head = [type(module.heads[j]).__name__, _count(module.heads[j]), share]
         else:
-            output, head, share = str(module.num_classes), "-", "-"
+            output, head = str(module.num_classes), ["-"] * 3
         device = next((str(p.device) for p in block.parameters()), "-")
         flops = _percent(module.block_flops[j], total)
-        table.add_row(str(j), module.block_names[j], output, _count(block), flops, head, share, device)
+        table.add_row(str(j), module.block_names[j], output, _count(block), flops, *head, device)
     return table
 
 

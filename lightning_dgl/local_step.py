@@ -19,7 +19,7 @@ Gradients = list[Tensor | None]
 
 def local_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
     """Gradients of a local ``loss`` in the block's ``parameters`` (None where unused); frees its activations."""
-    if not loss.requires_grad:
+    if not parameters or not loss.requires_grad:  # nothing to train, or the block is frozen
         return [None] * len(parameters)
     # As outside of Lightning's forward context: autocast would change the dtype of what backward computes.
     with torch.autocast(loss.device.type, enabled=False):

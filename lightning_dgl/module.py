@@ -168,7 +168,7 @@ class DGLModule(LightningModule):
         parameters = [p for p in self.network.parameters() if id(p) in inside]
         if block < len(self.heads):
             parameters += self.heads[block].parameters()
-        return [p for p in parameters if p.requires_grad]
+        return parameters
 
     # Scores
 
@@ -359,8 +359,7 @@ class DGLModule(LightningModule):
             parameters = self.block_parameters(j)
             if not parameters:
                 raise ValueError(
-                    f"Block {j} ({self.block_names[j]}) has no parameters to train. Cut elsewhere (split_at), or set "
-                    "requires_grad."
+                    f"Block {j} ({self.block_names[j]}) has no parameters to train. Cut elsewhere (split_at)."
                 )
             optimizers.append(make(parameters))
         optimizer = BlockOptimizer(optimizers)

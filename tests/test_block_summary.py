@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import lightning as L
@@ -17,7 +18,9 @@ def rendered(module: DGLModule) -> list[list[str]]:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(block_table(module))
-    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in capture.get().splitlines() if "│" in line]
+    lines = capture.get().splitlines()
+    rows = lines[next(i for i, line in enumerate(lines) if set(line.strip()) == {"─"}) + 1 :]
+    return [re.split(r"\s{2,}", row.strip()) for row in rows if row.strip()]
 
 
 def test_rows_hold_what_is_known_of_each_block() -> None:
@@ -33,8 +36,9 @@ def test_rows_hold_what_is_known_of_each_block() -> None:
     assert [row[4] for row in rows] == [f"{f / sum(flops):.1%}" for f in flops]
     assert [row[5] for row in rows] == ["LinearHead"] * 3 + ["-"]
     heads = [4 * 8 * 4, 4 * 8 * 4, 4 * 16 * 4]
-    assert [row[6] for row in rows] == [f"{h / f:.1%}" for h, f in zip(heads, flops, strict=False)] + ["-"]
-    assert {row[7] for row in rows} == {"cpu"}
+    assert [row[6] for row in rows] == [str(h + 4) for h in heads] + ["-"]  # weights and four biases
+    assert [row[7] for row in rows] == [f"{h / f:.1%}" for h, f in zip(heads, flops, strict=False)] + ["-"]
+    assert {row[8] for row in rows} == {"cpu"}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,6 @@ def test_printed_once_at_fit_start_when_summaries_are_on(
     module = DGLModule(small_cnn(), 2, example_input=[2, 3, 8, 8])
     trainer = make_trainer(callbacks=callbacks, enable_model_summary=enabled, limit_train_batches=1)
     trainer.fit(module, loader())
-    assert capsys.readouterr().out.count("Head FLOPs") == shown
+    assert capsys.readouterr().out.count("MLPSRHead") == shown
     trainer.validate(module, loader(), verbose=False)
-    assert "Head FLOPs" not in capsys.readouterr().out
+    assert "MLPSRHead" not in capsys.readouterr().out

@@ -121,5 +121,5 @@ def _too_many_blocks(traced: TracedNetwork, num_blocks: int) -> str:
     whole = traced.traces[True].kept_whole
     if whole:
         path, reason = next(iter(whole.items()))
-        message += f". {path!r} cannot be cut inside because it {reason}"
-    return message + ". Ask for fewer blocks, or write the network as an nn.Sequential."
+        message += f". {path!r} is kept whole ({reason}); written as an nn.Sequential it might be cut inside"
+    return message + ". Ask for fewer blocks."

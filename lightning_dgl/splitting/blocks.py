@@ -128,8 +128,12 @@ def extent(block: nn.Module) -> str:
     """What a block contains, "first module to last module"; ``block`` may also be a whole network."""
     if isinstance(block, Block):
         return block._extent
-    names = [name for name, module in block.named_modules() if name and next(module.children(), None) is None]
-    return f"{names[0]} to {names[-1]}" if names else type(block).__name__
+    names = [name for name, _ in block.named_children()]
+    return _from_to(names[0], names[-1]) if names else type(block).__name__
+
+
+def _from_to(first: str, last: str) -> str:
+    return first if first == last else f"{first} to {last}"
 
 
 def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.ModuleList:
@@ -148,7 +152,7 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         # A block is named after the modules that it calls; one that calls none, after its operations.
         operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
         names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
-        name = f"{names[0]} to {points[j].name if j < len(points) else names[-1]}"
+        name = _from_to(names[0], points[j].name if j < len(points) else names[-1])
         code = {mode: BlockCode.generate(graph) for mode, graph in pair.items()}
         blocks.append(Block(traced.network, name, code, pair.values()))
     _check_nothing_shared(blocks)
@@ -208,6 +212,11 @@ class _GraphBuilder:
         inside = set(call.nodes())
         span = [self._order[node] for node in inside if node in self._order]
         if any(min(span, default=0) <= cut.position < max(span, default=0) for cut in self._cuts):
+            return False
+        # An argument that the module ignores may have been left behind at the last cut.
+        arguments: set[fx.Node] = set()
+        fx.map_arg((call.args, call.kwargs), arguments.add)  # type: ignore[arg-type]
+        if any(node not in self._values and node.op != "get_attr" for node in arguments):
             return False
         # What happens inside must not be used outside, but for what the call returns.
         returned: set[fx.Node] = set()

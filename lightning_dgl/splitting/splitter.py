@@ -171,6 +171,5 @@ def _check_blocks(
             ) from error
 
 
-
 def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

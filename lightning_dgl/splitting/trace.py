@@ -81,14 +81,17 @@ def _trace(network: nn.Module, example_input: Tensor, mode: bool | None) -> Trac
         except _RootReadsMode:
             raise
         except Exception as error:
-            first_line = str(error).strip().partition("\n")[0]
-            reason = f"it {first_line}" if isinstance(error, _Opaque) else f"{type(error).__name__}: {first_line}"
             raise SplitError(
-                f"{type(network).__name__}.forward cannot be traced into blocks ({reason}). Move the part that cannot "
+                f"{type(network).__name__}.forward cannot be traced into blocks ({_reason(error)}). Move the part that cannot "
                 "be into a submodule of its own (a submodule that cannot be traced is kept whole), or pass the network "
                 "as an nn.Sequential of its parts and name the cuts with split_at."
             ) from error
     return Trace(graph, tracer.frame, tracer.returns, tracer.kept_whole)
+
+
+def _reason(error: Exception) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"it {first_line}" if isinstance(error, _Opaque) else f"{type(error).__name__}: {first_line}"
 
 
 class _Opaque(Exception):
@@ -243,7 +246,7 @@ class _Tracer(fx.Tracer):
                 self._roll_back(last_node)
                 del self.returns[num_returns:]
                 if next(m.children(), None) is not None:
-                    self.kept_whole[path] = str(error)
+                    self.kept_whole[path] = _reason(error)
                 output = self.create_proxy("call_module", path, args, kwargs)
         if isinstance(output, Proxy):
             self.returns.append((path, output.node))
