@@ -160,9 +160,9 @@ def head_factory(head: str | HeadFactory) -> HeadFactory:
         if head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))} or a callable, got {head!r}.")
         return HEADS[head]
-    if not callable(head):
+    if not callable(head) or isinstance(head, nn.Module):
         raise TypeError(
             f"head must be one of {', '.join(map(repr, HEADS))} or a callable (channels, spatial_size, num_classes) -> "
-            f"nn.Module, got {type(head).__name__}."
+            f"nn.Module, got {'the module ' if isinstance(head, nn.Module) else ''}{type(head).__name__}."
         )
     return head

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.heads import HeadFactory, head_factory
@@ -101,7 +101,7 @@ class DGLModule(LightningModule):
         split_at: list[str] | None = None,
         example_input: Tensor | Sequence[int],
         head: str | HeadFactory | list[str | HeadFactory] = "mlp_sr",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | list[OptimizerFactory] = sgd,
         lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
@@ -155,6 +155,7 @@ class DGLModule(LightningModule):
         self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
         self._metrics = nn.ModuleDict()
         self._skipped = [0] * num_blocks
+        self._known_parameters = {id(p) for p in network.parameters()}
         self._random_state: dict[str, Any] | None = None
 
     @property
@@ -208,6 +209,11 @@ class DGLModule(LightningModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, targets = self._check_batch(batch, batch_idx)
+        if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.heads.modules()):
+            raise ValueError(
+                "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
+                "drop_last=True to the DataLoader, or another batch size."
+            )
         losses: dict[int, Tensor] = {}
         scores: dict[int, Tensor] = {}
         gradients: dict[int, Gradients] = {}
@@ -251,7 +257,14 @@ class DGLModule(LightningModule):
     def _scaled(self, block: int, loss: Tensor) -> Tensor:
         loss = loss / self.trainer.accumulate_grad_batches
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler.scalers[block].scale(loss) if isinstance(scaler, BlockGradScaler) else loss
+        if scaler is None:
+            return loss
+        if not isinstance(scaler, BlockGradScaler):
+            raise RuntimeError(
+                "16-bit mixed precision was not set up for the blocks: on_fit_start is overridden without calling "
+                "super().on_fit_start(). Call it."
+            )
+        return scaler.scalers[block].scale(loss)
 
     def _block_buffers(self, block: int) -> list[Tensor]:
         heads = self.heads[block].buffers() if block < len(self.heads) else ()
@@ -348,12 +361,19 @@ class DGLModule(LightningModule):
         """Log values under the name of their stage; those of the last block go to the progress bar."""
         for name, value in values.items():
             in_bar = "_block" not in name and "_ensemble" not in name
-            self.log(f"{stage}/{name}", value, prog_bar=in_bar, **how)
+            # The data loader's number is in the name already, where there are several.
+            self.log(f"{stage}/{name}", value, prog_bar=in_bar, add_dataloader_idx=False, **how)
 
     # What Lightning asks for
 
     @override
     def configure_optimizers(self) -> Any:
+        added = [name for name, p in self.network.named_parameters() if id(p) not in self._known_parameters]
+        if added:
+            raise ValueError(
+                f"The network has changed since the DGLModule was made: {added[0]!r} is in no block. Change the "
+                "network first, then make the DGLModule."
+            )
         optimizers = []
         for j, make in enumerate(self._optimizer_factories):
             parameters = self.block_parameters(j)
@@ -362,13 +382,18 @@ class DGLModule(LightningModule):
                     f"Block {j} ({self.block_names[j]}) has no parameters to train. Cut elsewhere (split_at)."
                 )
             optimizers.append(make(parameters))
+            if not isinstance(optimizers[j], Optimizer):
+                raise TypeError(
+                    f"optimizer must return a torch.optim.Optimizer, block {j} got {type(optimizers[j]).__name__}."
+                )
         optimizer = BlockOptimizer(optimizers)
         if self._lr_scheduler_factories is None:
             return optimizer
         scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": self._lr_interval, "name": "lr"}
         if scheduler.reduce_on_plateau:
-            config |= {"reduce_on_plateau": True, "monitor": "val/loss"}
+            every = self.trainer.check_val_every_n_epoch or 1
+            config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": every}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     @override
@@ -413,15 +438,25 @@ class DGLModule(LightningModule):
                 f"{type(optimizers[0]).__name__}. Pass optimizer=... to DGLModule instead of overriding it (with "
                 "LightningCLI: --model.optimizer, not --optimizer)."
             )
+        on_plateau = any(config.reduce_on_plateau for config in self.trainer.lr_scheduler_configs)
+        if on_plateau and not self.trainer.enable_validation:
+            raise ValueError(
+                "lr_scheduler is ReduceLROnPlateau, which watches the validation loss, but there is no validation. Pass "
+                "a validation data loader, or another scheduler."
+            )
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and isinstance(plugin.scaler, torch.amp.GradScaler):
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
-        if self._random_state is not None:  # before the data loader draws its seed
-            torch.set_rng_state(self._random_state["cpu"].cpu())
-            if self.device.type == "cuda" and "cuda" in self._random_state:
-                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
-            self._random_state = None
-        self.trainer.fit_loop.setup_data()
+        self._restore_random_state()  # a run saved between epochs goes on with drawing the data loader's seed
+
+    @override
+    def on_train_start(self) -> None:
+        if self.trainer.fit_loop.restarted_mid_epoch:  # a run saved within an epoch had drawn that seed before
+            self._restore_random_state()
+        self._random_state = None
+
+    @override
+    def on_fit_end(self) -> None:
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
             raise ValueError(
                 "The training data loader is empty: it has no batch. Check the data set's length, and that drop_last "
@@ -429,6 +464,13 @@ class DGLModule(LightningModule):
             )
 
     # Checkpoints: which blocks they are of, and the random state, so that a resumed run continues as if uninterrupted
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """As in Lightning; pass at least ``network`` and ``example_input``, which a checkpoint does not hold."""
+        if kwargs.get("split_at") is not None or kwargs.get("num_blocks") is not None:
+            kwargs = {"split_at": None, "num_blocks": None, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -451,6 +493,12 @@ class DGLModule(LightningModule):
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._random_state = saved["random_state"]
 
+    def _restore_random_state(self) -> None:
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if self.device.type == "cuda" and "cuda" in self._random_state:
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
+
     # Checks
 
     def _check_heads(self, dtype: torch.dtype) -> None:
@@ -458,10 +506,20 @@ class DGLModule(LightningModule):
         for j, (head, point) in enumerate(zip(self.heads, self.split_points, strict=True)):
             if not isinstance(head, nn.Module):
                 raise TypeError(f"head must make an nn.Module, block {j} got {type(head).__name__}.")
+            made_from = (
+                "Head callables get (channels, spatial_size, num_classes) = "
+                f"({point.channels}, {point.spatial_size}, {self.num_classes})."
+            )
             features = torch.zeros(point.shape, dtype=dtype, device=next(self.network.parameters()).device)
             for training in (True, False):
                 with preserved_state(head), in_mode(head, training), torch.no_grad():
-                    shape = tuple(self._score(j, features).shape)
+                    try:
+                        shape = tuple(self._score(j, features).shape)
+                    except Exception as error:
+                        raise ValueError(
+                            f"The head of block {j} does not take its block's output, (N, C, H, W) = "
+                            f"{tuple(point.as_images(features).shape)} ({type(error).__name__}: {error}). {made_from}"
+                        ) from error
             if features._version > 0:
                 raise ValueError(
                     f"The head of block {j} overwrites its input in place, which the next block reads too. Pass "
@@ -470,8 +528,7 @@ class DGLModule(LightningModule):
             if shape != (len(features), self.num_classes):
                 raise ValueError(
                     f"The head of block {j} must return class scores ({len(features)}, {self.num_classes}), but "
-                    f"returns {shape}. Head callables get (channels, spatial_size, num_classes) = "
-                    f"({point.channels}, {point.spatial_size}, {self.num_classes})."
+                    f"returns {shape}. {made_from}"
                 )
 
     def _check_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:

@@ -129,6 +129,7 @@ class BlockLRScheduler:
         schedulers: one for each block, in order.
 
     Raises:
+        TypeError: if a factory makes something other than a scheduler.
         ValueError: if some blocks, but not all, have a ReduceLROnPlateau; Lightning steps those at another time.
     """
 
@@ -137,6 +138,12 @@ class BlockLRScheduler:
     ) -> None:
         self.optimizer = optimizer
         self.schedulers = [factory(own) for factory, own in zip(make, optimizer.optimizers, strict=True)]
+        for j, scheduler in enumerate(self.schedulers):
+            if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+                raise TypeError(
+                    f"lr_scheduler must return a torch.optim.lr_scheduler.LRScheduler, block {j} got "
+                    f"{type(scheduler).__name__}."
+                )
         plateau = [isinstance(scheduler, ReduceLROnPlateau) for scheduler in self.schedulers]
         if any(plateau) and not all(plateau):
             raise ValueError(
@@ -179,15 +186,16 @@ class BlockGradScaler:
         scalers: one for each block, in order, configured like the scaler that this one replaces.
     """
 
-    def __init__(self, num_blocks: int, like: GradScaler) -> None:
+    def __init__(self, num_blocks: int, like: GradScaler | BlockGradScaler) -> None:
+        template = like.scalers[0] if isinstance(like, BlockGradScaler) else like  # an earlier fit of the same Trainer
         self.scalers = [
             GradScaler(
-                device=like._device,
-                init_scale=like.get_scale(),
-                growth_factor=like.get_growth_factor(),
-                backoff_factor=like.get_backoff_factor(),
-                growth_interval=like.get_growth_interval(),
-                enabled=like.is_enabled(),
+                device=template._device,
+                init_scale=template.get_scale(),
+                growth_factor=template.get_growth_factor(),
+                backoff_factor=template.get_backoff_factor(),
+                growth_interval=template.get_growth_interval(),
+                enabled=template.is_enabled(),
             )
             for _ in range(num_blocks)
         ]

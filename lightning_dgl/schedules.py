@@ -40,10 +40,13 @@ def make_schedule(schedule: str | Schedule) -> Schedule:
 
     Raises:
         ValueError: if there is no schedule of that name.
+        TypeError: if it is neither a name nor a schedule.
     """
+    known = ", ".join(map(repr, SCHEDULES))
     if not isinstance(schedule, str):
+        if not callable(getattr(schedule, "step", None)):
+            raise TypeError(f"schedule must be one of {known}, or a schedule object, got {type(schedule).__name__}.")
         return schedule
     if schedule not in SCHEDULES:
-        known = ", ".join(map(repr, SCHEDULES))
         raise ValueError(f"schedule must be one of {known}, or a schedule object, got {schedule!r}.")
     return SCHEDULES[schedule]()

@@ -1,0 +1,303 @@
+"""Checkpoints: what is in them, what they restore, and that a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_dgl import DGLModule
+from tests.conftest import loader, small_cnn, small_data
+
+MakeTrainer = Callable[..., L.Trainer]
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=0.01)
+
+
+def make_module(seed: int = 0, **kwargs: Any) -> DGLModule:
+    torch.manual_seed(seed)
+    defaults: dict[str, Any] = {"head": "mlp_sr", "optimizer": sgd}
+    if "num_blocks" not in kwargs:
+        defaults["split_at"] = ["2", "6", "10"]
+    return DGLModule(small_cnn(dropout=0.3), example_input=(2, 3, 8, 8), **{**defaults, **kwargs})
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, make_trainer: MakeTrainer) -> tuple[DGLModule, Path]:
+    """A module trained for an epoch, and its checkpoint."""
+    module = make_module()
+    trainer = make_trainer()
+    trainer.fit(module, loader())
+    path = tmp_path / "saved.ckpt"
+    trainer.save_checkpoint(path)
+    return module, path
+
+
+# What is in a checkpoint
+
+
+def test_state_dict_holds_the_network_s_keys_and_the_heads_and_nothing_twice(saved: tuple[DGLModule, Path]) -> None:
+    module, path = saved
+    names = [f"network.{name}" for name in small_cnn().state_dict()]
+    names += [f"heads.{j}.{name}" for j, head in enumerate(module.heads) for name in head.state_dict()]
+    assert list(module.state_dict()) == names
+    checkpoint = torch.load(path, weights_only=True)
+    assert list(checkpoint["state_dict"]) == names
+    pointers = [value.data_ptr() for value in module.state_dict().values()]
+    assert len(set(pointers)) == len(pointers)
+    assert len(list(module.parameters())) == len({id(p) for p in module.parameters()})
+
+
+def test_network_weights_are_plain_weights(saved: tuple[DGLModule, Path], tmp_path: Path) -> None:
+    module, _ = saved
+    torch.save(module.network.state_dict(), tmp_path / "network.pt")
+    fresh = small_cnn()
+    fresh.load_state_dict(torch.load(tmp_path / "network.pt", weights_only=True))
+    x = small_data().tensors[0]
+    module.eval()
+    assert torch.equal(fresh.eval()(x), module(x))
+
+
+def test_a_whole_module_can_be_copied(saved: tuple[DGLModule, Path]) -> None:
+    module, _ = saved
+    twin = copy.deepcopy(module)
+    x = small_data().tensors[0]
+    assert all(
+        torch.equal(a, b) for a, b in zip(twin.eval().block_scores(x), module.eval().block_scores(x), strict=True)
+    )
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert not twin.block_scores(x)[0].any()  # the copy's blocks belong to the copy's network
+    assert module.block_scores(x)[0].any()
+
+
+# Restoring
+
+
+def test_load_from_checkpoint(saved: tuple[DGLModule, Path]) -> None:
+    module, path = saved
+    loaded = DGLModule.load_from_checkpoint(path, network=small_cnn(), example_input=torch.zeros(2, 3, 8, 8))
+    assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+    assert loaded.block_names == module.block_names
+    x = small_data().tensors[0]
+    scores = zip(loaded.eval().block_scores(x), module.eval().block_scores(x), strict=True)
+    assert all(torch.equal(a, b) for a, b in scores)
+
+
+def test_load_from_checkpoint_with_num_blocks(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    module = make_module(num_blocks=3, head="linear")
+    trainer = make_trainer()
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = DGLModule.load_from_checkpoint(
+        tmp_path / "a.ckpt", network=small_cnn(), num_blocks=3, example_input=(2, 3, 8, 8)
+    )
+    assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+
+
+def test_load_from_checkpoint_may_name_the_cuts_instead(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    module = make_module(num_blocks=2, head="linear")
+    trainer = make_trainer()
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    cuts = [point.name for point in module.split_points]
+    loaded = DGLModule.load_from_checkpoint(
+        tmp_path / "a.ckpt", network=small_cnn(), split_at=cuts, example_input=(2, 3, 8, 8)
+    )
+    assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("split_at", [["6"], ["2", "6", "9"]])
+def test_a_checkpoint_of_another_split_is_refused(
+    split_at: list[str], saved: tuple[DGLModule, Path], make_trainer: MakeTrainer
+) -> None:
+    _, path = saved
+    other = make_module(split_at=split_at)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"checkpoint's blocks are .*this module's are .*split_at"):
+        make_trainer(max_epochs=2).fit(other, loader(), ckpt_path=path, weights_only=True)
+    assert same(before, dict(other.state_dict()))
+    with pytest.raises(ValueError, match=r"checkpoint's blocks"):
+        DGLModule.load_from_checkpoint(path, network=small_cnn(), example_input=(2, 3, 8, 8), split_at=split_at)
+
+
+# Resuming
+
+
+class LogRates(L.Callback):
+    def __init__(self) -> None:
+        self.rates: dict[int, list[float]] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.rates[trainer.global_step] = [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+
+@pytest.mark.parametrize(
+    ("save", "validate"), [("train_epoch_end", False), ("train_epoch_end", True), ("validation_end", True)]
+)
+@pytest.mark.parametrize("optimizer", [sgd, adam])
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    save: str, validate: bool, optimizer: Any, interval: str, tmp_path: Path, make_trainer: MakeTrainer
+) -> None:
+    def cosine(own: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(own, T_max=4 if interval == "epoch" else 20)
+
+    def train(module: DGLModule, **kwargs: Any) -> tuple[L.Trainer, LogRates]:
+        rates = LogRates()
+        keep = ModelCheckpoint(
+            tmp_path,
+            filename="{epoch}",
+            save_top_k=-1,
+            save_on_train_epoch_end=save == "train_epoch_end",
+            enable_version_counter=False,
+        )
+        trainer = make_trainer(max_epochs=4, callbacks=[rates, keep], enable_checkpointing=True)
+        data = [loader(num_samples=38, shuffle=True), *([loader()] if validate else [])]
+        trainer.fit(module, *data, weights_only=True, **kwargs)
+        return trainer, rates
+
+    settings = {"optimizer": optimizer, "lr_scheduler": cosine, "lr_interval": interval}
+    whole = make_module(**settings)
+    _, all_rates = train(whole)
+    final = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
+    resumed = make_module(seed=99, **settings)
+    trainer, later_rates = train(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
+    again = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
+    assert trainer.global_step == 20
+    assert later_rates.rates == {step: rates for step, rates in all_rates.rates.items() if step > 10}
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert same(again[part], final[part]), part
+    assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+def test_resuming_with_plain_single_device_strategy(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    # Files do not depend on the strategy.
+    whole, part, resumed = make_module(), make_module(), make_module(seed=5)
+    torch.manual_seed(1)
+    make_trainer(max_epochs=2).fit(whole, loader(shuffle=True))
+    torch.manual_seed(1)
+    first = make_trainer(max_epochs=1, strategy="auto")
+    first.fit(part, loader(shuffle=True))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second = make_trainer(max_epochs=2, strategy="dgl")
+    second.fit(resumed, loader(shuffle=True), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+class ResumableLoader(DataLoader[Any]):
+    """Continues after the batches that were read before the checkpoint; Lightning keeps its state."""
+
+    def __init__(self) -> None:
+        super().__init__(small_data(), batch_size=8)
+        self._read = self._skip = 0
+
+    def __iter__(self) -> Any:
+        return self._unread(super().__iter__())
+
+    def _unread(self, batches: Any) -> Any:
+        skip, self._skip = self._skip, 0
+        for self._read, batch in enumerate(batches, start=1):
+            if self._read > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"read": self._read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["read"]
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_resuming_in_the_middle_of_an_epoch(step: int, tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    def train(module: DGLModule, **kwargs: Any) -> None:
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = make_trainer(max_epochs=3, callbacks=[keep], enable_checkpointing=True)
+        trainer.fit(module, ResumableLoader(), weights_only=True, **kwargs)
+        assert trainer.global_step == 15
+
+    whole, resumed = make_module(), make_module(seed=9)
+    train(whole)
+    train(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
+
+
+# ModelCheckpoint
+
+
+def test_model_checkpoint_monitors_validation_accuracy(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    seen: list[float] = []
+
+    class See(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if not trainer.sanity_checking:
+                seen.append(trainer.callback_metrics["val/acc"].item())
+
+    keep = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
+    trainer = make_trainer(max_epochs=4, callbacks=[See(), keep], enable_checkpointing=True)
+    module = make_module()
+    trainer.fit(module, loader(), loader())
+    assert keep.best_model_score == pytest.approx(max(seen))
+    assert torch.load(keep.best_model_path, weights_only=True)["epoch"] == seen.index(max(seen))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    (metrics,) = trainer.validate(module, loader(), ckpt_path="best", weights_only=True, verbose=False)
+    assert metrics["val/acc"] == pytest.approx(max(seen))
+    assert before.keys() == module.state_dict().keys()
+
+
+def test_model_checkpoint_every_n_train_steps(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    make_trainer(max_epochs=2, callbacks=[keep], enable_checkpointing=True).fit(make_module(), loader())
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=4.ckpt", "step=8.ckpt"]
+
+
+def test_save_weights_only(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    module = make_module()
+    trainer = make_trainer()
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert "optimizer_states" not in checkpoint
+    loaded = DGLModule.load_from_checkpoint(tmp_path / "weights.ckpt", network=small_cnn(), example_input=(2, 3, 8, 8))
+    assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_a_checkpoint_read_for_evaluation_does_not_set_the_random_state(
+    stage: str, saved: tuple[DGLModule, Path], make_trainer: MakeTrainer
+) -> None:
+    module, path = saved
+    after = []
+    for ckpt_path in (None, path):
+        torch.manual_seed(7)
+        getattr(make_trainer(), stage)(module, loader(), ckpt_path=ckpt_path, weights_only=True)
+        after.append(torch.get_rng_state())
+    assert torch.equal(*after)

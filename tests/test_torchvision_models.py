@@ -1,0 +1,97 @@
+"""torchvision's classification models at K = 4: the blocks are the network, bit for bit.
+
+One model of each family by default; ``pytest tests/test_torchvision_models.py --all-models`` takes all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lightning_dgl import split
+from tests.networks import assert_equivalent, assert_same
+
+ONE_PER_FAMILY = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"),
+    *("mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"),
+    *("swin_t", "vgg11_bn", "vit_b_16"),
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "model_name" in metafunc.fixturenames:
+        every = torchvision.models.list_models(module=torchvision.models)
+        metafunc.parametrize("model_name", every if metafunc.config.getoption("--all-models") else ONE_PER_FAMILY)
+
+
+@pytest.fixture(autouse=True)
+def _free_memory() -> Iterator[None]:
+    yield
+    gc.collect()  # the larger networks do not fit twice
+
+
+def make_network(name: str) -> tuple[nn.Module, int]:
+    """A model with weights of its own, and the smallest size in pixels at which every part of it works."""
+    size, arguments = 64, dict[str, Any]()
+    if name.startswith("vit"):
+        size = 28 if name == "vit_h_14" else 32
+        arguments["image_size"] = size
+    elif name.startswith("maxvit"):
+        size = 224
+    elif name in ("googlenet", "inception_v3"):
+        size = 299 if name == "inception_v3" else 64
+        arguments["init_weights"] = False  # takes long, and its values do not matter here
+    network = torchvision.models.get_model(name, weights=None, **arguments)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():  # a last layer of zeros would send no gradient back
+                parameter.normal_(std=0.02)
+    return network, size
+
+
+def test_blocks_are_the_network(model_name: str) -> None:
+    network, size = make_network(model_name)
+    x = torch.randn(3, 3, size, size)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    blocks = split(network, 4, example_input=x[:2])
+
+    assert len(blocks) == 4
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert_same(list(before), list(after.values()), list(before.values()))
+    del before, after
+    parameters = dict(network.named_parameters())
+    owned = [name for block in blocks for name, _ in block.named_parameters()]
+    assert len(set(owned)) == len(owned)
+    assert all(parameters[name] is parameter for block in blocks for name, parameter in block.named_parameters())
+
+    network.eval()
+    assert_equivalent(network, blocks, x)
+    network.train()
+    trained = assert_equivalent(network, blocks, x)
+    assert trained <= set(owned)
+
+    # The same, but it is the blocks that are told the mode.
+    network.eval()
+
+    def blocks_to_eval() -> None:
+        network.train()
+        blocks.eval()
+
+    assert_equivalent(network, blocks, x[:1], gradients=False, enter=blocks_to_eval)
+    assert not any(module.training for module in (*network.modules(), *blocks.modules()))
+    network.train()
+
+    def blocks_to_train() -> None:
+        network.eval()
+        blocks.train()
+
+    assert_equivalent(network, blocks, x, gradients=False, enter=blocks_to_train)
+    assert all(module.training for module in (*network.modules(), *blocks.modules()))
