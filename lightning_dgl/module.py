@@ -441,8 +441,8 @@ class DGLModule(LightningModule):
         on_plateau = any(config.reduce_on_plateau for config in self.trainer.lr_scheduler_configs)
         if on_plateau and not self.trainer.enable_validation:
             raise ValueError(
-                "lr_scheduler is ReduceLROnPlateau, which watches the validation loss, but there is no validation. Pass "
-                "a validation data loader, or another scheduler."
+                "lr_scheduler is ReduceLROnPlateau, which watches the validation loss, but there is no validation. "
+                "Pass a validation data loader, or another scheduler."
             )
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:

@@ -188,7 +188,7 @@ class BlockGradScaler:
 
     def __init__(self, num_blocks: int, like: GradScaler | BlockGradScaler) -> None:
         template = like.scalers[0] if isinstance(like, BlockGradScaler) else like  # an earlier fit of the same Trainer
-        self.scalers = [
+        self.scalers: list[GradScaler] = [
             GradScaler(
                 device=template._device,
                 init_scale=template.get_scale(),
