@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,11 @@ class BlockMetrics(nn.Module):
         self.ensemble = metrics.clone()
         self._registered = nn.ModuleList([*self.losses, *self.blocks])  # so that they move between devices
 
-    def batch_values(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """Take in one batch and return its own values, the ensemble's left out."""
-        return self._named(losses, [metric(s, targets) for metric, s in zip(self.blocks, scores, strict=True)])
+    def batch_values(
+        self, losses: Mapping[int, Tensor], scores: Mapping[int, Tensor], targets: Tensor
+    ) -> dict[str, Tensor]:
+        """Values of one batch alone, for the blocks that ``losses`` holds by number; the ensemble's left out."""
+        return self._named({j: {"loss": loss, **self.blocks[j](scores[j], targets)} for j, loss in losses.items()})
 
     def update(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> None:
         """Take in one batch of N samples: J local losses (scalars) and class scores (N, classes)."""
@@ -70,7 +72,8 @@ class BlockMetrics(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """The values over everything taken in since the last reset."""
-        values = self._named([mean.compute() for mean in self.losses], [metric.compute() for metric in self.blocks])
+        blocks = enumerate(zip(self.losses, self.blocks, strict=True))
+        values = self._named({j: {"loss": loss.compute(), **metric.compute()} for j, (loss, metric) in blocks})
         values.update({f"{name}_ensemble": value for name, value in self.ensemble.compute().items()})
         return values
 
@@ -81,8 +84,6 @@ class BlockMetrics(nn.Module):
         for metric in (*self.blocks, self.ensemble):
             metric.reset()
 
-    @staticmethod
-    def _named(losses: Sequence[Tensor], metrics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        blocks = [{"loss": loss, **values} for loss, values in zip(losses, metrics, strict=True)]
-        of_each = {f"{name}_block{j}": value for j, values in enumerate(blocks) for name, value in values.items()}
-        return {**blocks[-1], **of_each}
+    def _named(self, blocks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        named = {f"{name}_block{j}": value for j, values in blocks.items() for name, value in values.items()}
+        return {**blocks.get(len(self.blocks) - 1, {}), **named}

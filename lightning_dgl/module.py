@@ -59,7 +59,8 @@ class DGLModule(LightningModule):
 
     Logged are ``train/loss`` and ``train/acc`` for each step, ``val/loss`` and ``val/acc`` (``test/`` alike) for each
     epoch, all of the last block; the same followed by ``_block0``, ``_block1``, ... for every block; and
-    ``val/acc_ensemble``.
+    ``val/acc_ensemble``. In training, the values of every block are taken every ``Trainer(log_every_n_steps)`` steps
+    and at the end of an epoch.
 
     Args:
         network: any feed-forward network, (N, C, H, W) -> class scores (N, classes). It is trained in place.
@@ -286,13 +287,20 @@ class DGLModule(LightningModule):
         return blocks
 
     def _log_training(self, losses: dict[int, Tensor], scores: dict[int, Tensor], targets: Tensor) -> None:
-        order = sorted(losses)
-        metrics = self._stage_metrics("train")
-        values = metrics.batch_values([losses[j] for j in order], [scores[j] for j in order], _class_indices(targets))
-        self._log_values("train", values, on_step=True, on_epoch=False, batch_size=len(targets))
-        if self._on_nonfinite == "skip":
-            counts = {f"train/skipped_block{j}": float(count) for j, count in enumerate(self._skipped)}
-            self.log_dict(counts, on_step=True, on_epoch=False)
+        detailed = self._logs_every_block_now()
+        if not detailed:
+            losses = {j: loss for j, loss in losses.items() if j == self.num_blocks - 1}
+        values = self._stage_metrics("train").batch_values(losses, scores, _class_indices(targets))
+        if detailed and self._on_nonfinite == "skip":
+            values |= {f"skipped_block{j}": torch.tensor(float(count)) for j, count in enumerate(self._skipped)}
+        shown = {name: value for name, value in values.items() if detailed or "_block" not in name}
+        self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=len(targets))
+
+    def _logs_every_block_now(self) -> bool:
+        """Whether something will read the values of every block: each one that is logged costs time in every step."""
+        trainer = self.trainer
+        is_last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+        return trainer._logger_connector.should_update_logs or is_last or trainer.global_step == 0
 
     # Evaluation
 
