@@ -149,6 +149,10 @@ class DGLModule(LightningModule):
             count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
             for head, point in zip(self.heads, split.points, strict=True)
         ]
+        if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
+            raise ValueError(
+                f"loss ({type(loss).__name__}) has parameters, which no block trains. Put them into the heads."
+            )
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
         self._lr_interval = lr_interval
@@ -156,7 +160,7 @@ class DGLModule(LightningModule):
         self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
         self._metrics = nn.ModuleDict()
         self._skipped = [0] * num_blocks
-        self._known_parameters = {id(p) for p in network.parameters()}
+        self._unused_parameters = self._parameters_in_no_block()
         self._random_state: dict[str, Any] | None = None
 
     @property
@@ -171,6 +175,10 @@ class DGLModule(LightningModule):
         if block < len(self.heads):
             parameters += self.heads[block].parameters()
         return parameters
+
+    def _parameters_in_no_block(self) -> list[str]:
+        inside = {id(p) for block in self.blocks for p in block.parameters()}
+        return [name for name, p in self.network.named_parameters() if id(p) not in inside]
 
     # Scores
 
@@ -376,7 +384,7 @@ class DGLModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        added = [name for name, p in self.network.named_parameters() if id(p) not in self._known_parameters]
+        added = [name for name in self._parameters_in_no_block() if name not in self._unused_parameters]
         if added:
             raise ValueError(
                 f"The network has changed since the DGLModule was made: {added[0]!r} is in no block. Change the "
@@ -483,8 +491,8 @@ class DGLModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":
+            random_state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
         checkpoint["lightning_dgl"] = {"block_names": self.block_names, "random_state": random_state}
 
     @override
@@ -504,8 +512,9 @@ class DGLModule(LightningModule):
     def _restore_random_state(self) -> None:
         if self._random_state is not None:
             torch.set_rng_state(self._random_state["cpu"].cpu())
-            if self.device.type == "cuda" and "cuda" in self._random_state:
-                torch.cuda.set_rng_state(self._random_state["cuda"].cpu(), self.device)
+            if self.device.type != "cpu" and self.device.type in self._random_state:
+                state = self._random_state[self.device.type].cpu()
+                torch.get_device_module(self.device).set_rng_state(state)
 
     # Checks
 

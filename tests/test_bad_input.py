@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -452,3 +453,35 @@ def test_messages_are_one_line() -> None:
     with pytest.raises(SplitError) as caught:
         make_module(split_at=["nowhere"])
     assert not re.search(r"\n", str(caught.value))
+
+
+# What would train silently wrong
+
+
+def test_layer_replaced_after_the_module_was_made(make_trainer: MakeTrainer) -> None:
+    module = make_module()
+    module.network[-1] = nn.Linear(16, 4)
+    with pytest.raises(ValueError, match=r"network has changed.*'16.weight' is in no block"):
+        make_trainer().fit(module, loader())
+
+
+def test_copy_of_a_module_trains_its_own_parameters(make_trainer: MakeTrainer) -> None:
+    module = make_module()
+    before = state(module)
+    twin = copy.deepcopy(module)
+    make_trainer().fit(twin, loader())
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+    assert not any(torch.equal(before[name], p) for name, p in twin.named_parameters() if p.ndim > 1)
+
+
+def test_loss_with_parameters() -> None:
+    loss = nn.AdaptiveLogSoftmaxWithLoss(4, 4, [2])
+    with pytest.raises(ValueError, match=r"loss \(AdaptiveLogSoftmaxWithLoss\) has parameters"):
+        make_module(loss=loss)
+
+
+def test_training_batch_of_one_sample(make_trainer: MakeTrainer) -> None:
+    module = make_module(head="mlp_sr")
+    with pytest.raises(ValueError, match=r"one sample.*drop_last=True"):
+        make_trainer().fit(module, loader(num_samples=9, batch_size=8))
+    make_trainer().fit(module, loader(num_samples=9, batch_size=8, drop_last=True))
