@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import platform
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.common import quiet_trainer
 from lightning_dgl import DGLModule, DGLStrategy
 from lightning_dgl.module import sgd
 
@@ -85,15 +84,7 @@ def peak_of_training(module: L.LightningModule, batch: tuple[Tensor, Tensor], **
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with held.counting():
-        L.Trainer(
-            max_epochs=1,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **trainer,
-        ).fit(module, data)
+        quiet_trainer(**trainer).fit(module, data)
     return held.peak, torch.cuda.max_memory_allocated() if cuda else 0
 
 
@@ -120,8 +111,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=224)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
     size = (args.batch_size, 3, args.image_size, args.image_size)
     batch = (torch.randn(size), torch.randint(0, 1000, (args.batch_size,)))

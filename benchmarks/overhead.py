@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import platform
 import statistics
 import time
-import warnings
 from typing import Any
 
 import lightning as L
@@ -23,6 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.common import quiet_trainer
 from lightning_dgl import DGLModule, DGLStrategy
 from lightning_dgl.module import sgd
 
@@ -56,17 +55,7 @@ class Clock(L.Callback):
 
 def with_trainer(module: DGLModule, data: DataLoader[tuple[Tensor, ...]]) -> float:
     clock = Clock()
-    L.Trainer(
-        strategy=DGLStrategy(),
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-    ).fit(module, data)
+    quiet_trainer(strategy=DGLStrategy(), accelerator="cpu", callbacks=[clock]).fit(module, data)
     return clock.seconds
 
 
@@ -93,8 +82,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
 
     num_samples = args.batch_size * (args.steps + 1)
