@@ -8,7 +8,8 @@ DistributedDataParallel averages them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,8 +23,21 @@ def local_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradien
     if not parameters or not loss.requires_grad:  # nothing to train, or the block is frozen
         return [None] * len(parameters)
     # As outside of Lightning's forward context: autocast would change the dtype of what backward computes.
-    with torch.autocast(loss.device.type, enabled=False):
+    with torch.autocast(loss.device.type, enabled=False), _hooks_put_aside(parameters):
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+@contextmanager
+def _hooks_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep hooks on parameters (``parameter.register_hook``) for the delivery; else they would run twice."""
+    hooks = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
+    try:
+        for parameter, _ in hooks:
+            parameter._backward_hooks = None
+        yield
+    finally:
+        for parameter, own in hooks:
+            parameter._backward_hooks = own
 
 
 class _Deliver(torch.autograd.Function):

@@ -555,6 +555,13 @@ class DGLModule(LightningModule):
                 "collate_fn return such pairs."
             )
         inputs, targets = batch
+        expected = (len(inputs), self.num_classes) if targets.is_floating_point() else (len(inputs),)
+        if tuple(targets.shape) != expected:
+            raise ValueError(
+                f"Targets must be class indices of shape ({len(inputs)},) or class probabilities of shape "
+                f"({len(inputs)}, {self.num_classes}), got targets of shape {tuple(targets.shape)} and dtype "
+                f"{targets.dtype}."
+            )
         # On an accelerator looking at the values waits for them, so only the first batch of each epoch is looked at.
         if not targets.is_floating_point() and (targets.device.type == "cpu" or batch_idx == 0):
             wrong = (targets < 0) | (targets >= self.num_classes)

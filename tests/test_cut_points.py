@@ -240,3 +240,8 @@ def test_a_network_that_cannot_be_traced() -> None:
 
     with pytest.raises(SplitError, match=r"Untraceable\.forward cannot be traced.*branches on the values"):
         find_split_points(Untraceable(), torch.zeros(2, 3, 8, 8))
+
+
+def test_shapes_are_those_of_the_example_batch_even_for_one_sample() -> None:
+    points = find_split_points(small_cnn(), torch.zeros(1, 3, 8, 8))
+    assert {point.shape[0] for point in points} == {1}

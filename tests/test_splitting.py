@@ -567,3 +567,23 @@ def test_too_many_blocks_names_the_module_that_is_kept_whole(x: Tensor) -> None:
 
 def test_errors_are_value_errors() -> None:
     assert issubclass(SplitError, ValueError)
+
+
+def test_a_module_with_hooks_is_not_cut_inside() -> None:
+    stage = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    network = nn.Sequential(stage, nn.Flatten(), nn.Linear(64, 5))
+    calls: list[torch.Size] = []
+    stage.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    x = torch.randn(2, 3, 8, 8)
+    assert [point.name for point in find_split_points(network, x)] == ["0", "1"]
+    blocks = split(network, split_at=["0"], example_input=x)
+    calls.clear()
+    blocks[1](blocks[0](x))
+    assert calls == [(2, 4, 4, 4)]
+
+
+def test_hooks_on_the_network_itself_are_refused() -> None:
+    network = small_cnn()
+    network.register_forward_pre_hook(lambda module, args: None)
+    with pytest.raises(SplitError, match=r"Sequential.*has hooks"):
+        split(network, 2, example_input=torch.zeros(2, 3, 8, 8))

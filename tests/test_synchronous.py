@@ -141,6 +141,17 @@ def test_one_block_s_activations_are_held_at_a_time(make_trainer: Callable[..., 
     assert {frozenset(blocks) for blocks in blocks_holding} == {frozenset({j}) for j in range(4)}
 
 
+def test_hooks_on_parameters_run_once_for_each_backward(make_trainer: Callable[..., L.Trainer]) -> None:
+    module = DGLModule(small_cnn(), split_at=CUTS[2], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
+    blocks, heads = pieces(module)
+    for network_layer in (module.network[0], blocks[0][0]):  # type: ignore[index]
+        network_layer.weight.register_hook(lambda gradient: 2 * gradient)
+    data = loader()
+    algorithm_1(blocks, heads, data, max_steps=3)
+    make_trainer(max_steps=3).fit(module, data)
+    assert torch.equal(module.network[0].weight, blocks[0][0].weight)  # type: ignore[index]
+
+
 def test_blocks_step_on_outputs_from_before_the_update(make_trainer: Callable[..., L.Trainer]) -> None:
     # With a learning rate of zero everywhere but in block 0, block 1 must see what block 0 gave before its update.
     module = DGLModule(small_cnn(), split_at=CUTS[2], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -108,7 +108,8 @@ def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPo
         >>> [(point.name, point.shape, point.rank) for point in find_split_points(net, torch.zeros(2, 3, 8, 8))]
         [('0', (2, 8, 6, 6), 3), ('1', (2, 8, 6, 6), 1), ('2', (2, 288), 2)]
     """
-    return analyse(network, example_input).points
+    points = analyse(network, example_input).points
+    return [replace(point, shape=(len(example_input), *point.shape[1:])) for point in points]
 
 
 def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:

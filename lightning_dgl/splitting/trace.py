@@ -76,6 +76,7 @@ def _trace(network: nn.Module, example_input: Tensor, mode: bool | None) -> Trac
     tracer = _Tracer(network, example_input)
     with _hidden_modes(network, mode):
         try:
+            _refuse_hooks(network)
             with tracer.only_what_the_graph_records(network), torch.enable_grad():
                 graph = tracer.trace(network)
         except _RootReadsMode:
@@ -96,6 +97,12 @@ def _reason(error: Exception) -> str:
 
 class _Opaque(Exception):
     """What ``forward`` does here cannot be written into a graph; the text completes "it ..."."""
+
+
+def _refuse_hooks(module: nn.Module) -> None:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        raise _Opaque("has hooks, which would not run if it were cut inside")
 
 
 class _RootReadsMode(_Opaque):
@@ -237,6 +244,7 @@ class _Tracer(fx.Tracer):
         else:
             parent, last_node, num_returns = self.frame, next(iter(reversed(self.graph.nodes))), len(self.returns)
             try:
+                _refuse_hooks(m)
                 self.frame = ModuleCall(path)
                 output = self._inline(m, forward, args, kwargs)
                 parent.items.append(self.frame)
