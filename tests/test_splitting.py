@@ -512,6 +512,8 @@ class SharedNorm(Network):
 def test_weights_cannot_be_tied_across_a_cut(network: nn.Module, cut: str, name: str, x: Tensor) -> None:
     with pytest.raises(SplitError, match=f"{name}.*Cut elsewhere"):
         split(network, split_at=[cut], example_input=x)
+    # Automatic cuts keep clear of such places.
+    assert_equivalent(network, split(network, 2, example_input=x), x)
     # Within a block they may be.
     assert_equivalent(network, split(network, split_at=["stem"], example_input=x), x)
 

@@ -81,13 +81,14 @@ class TracedNetwork:
     traces: dict[bool, Trace]
     points: list[SplitPoint]
     cuts: dict[bool, dict[str, Cut]]
+    tied: set[str]  # names of the points that have the same parameter or buffer on both sides
     cost: float  # forward FLOPs of the whole network, for one sample
     output: Any  # what the network returns in train mode, on fake tensors
 
     @property
     def usable(self) -> list[SplitPoint]:
-        """The points where cutting corrupts nothing."""
-        return [point for point in self.points if not point.in_place_hazard]
+        """The points where cutting corrupts nothing and separates no weights from themselves."""
+        return [point for point in self.points if not point.in_place_hazard and point.name not in self.tied]
 
 
 def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPoint]:
@@ -140,6 +141,7 @@ def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:
         traces=traces,
         points=points,
         cuts={mode: {names[0]: cut for names, cut in cuts[mode]} for mode in (True, False)},
+        tied=_tied(network, traces[True], cuts[True]) | _tied(network, traces[False], cuts[False]),
         cost=runs[True].flops[-1] / example_input.shape[0],
         output=runs[True].output,
     )
@@ -235,6 +237,22 @@ def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[s
         (names[node], Cut(node, min(choices, key=lambda position: preference(node, position))))
         for node, choices in positions.items()
     ]
+
+
+def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -> set[str]:
+    """Names of the cuts that have the same parameter, or the same module with buffers, on both sides."""
+    uses: dict[int, list[int]] = {}
+    for position, node in enumerate(operations(trace)):
+        tensors: list[Tensor] = []
+        if node.op == "call_module":
+            module = network.get_submodule(str(node.target))
+            tensors += [*module.parameters(), *module.buffers()]
+        read = [run_node(network, source, {}) for source in node.all_input_nodes if source.op == "get_attr"]
+        tensors += [tensor for tensor in read if isinstance(tensor, nn.Parameter)]
+        for tensor in tensors:
+            uses.setdefault(id(tensor), []).append(position)
+    spans = [(positions[0], positions[-1]) for positions in uses.values()]
+    return {names[0] for names, cut in cuts if any(first <= cut.position < last for first, last in spans)}
 
 
 def _spans(call: ModuleCall, order: dict[fx.Node, int]) -> Iterator[tuple[ModuleCall, int, int]]:
