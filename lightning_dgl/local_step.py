@@ -1,4 +1,4 @@
-"""The gradients of a local step: computed right after a block's forward, delivered when Lightning calls backward.
+"""A local step: its gradients are computed right after the block's forward, and delivered in Lightning's backward.
 
 Computing them at once frees the block's activations before the next block runs, so that one block's activations are
 all that a step holds. Delivering them through autograd, as the gradient of the loss that ``training_step`` returns,
@@ -8,14 +8,40 @@ DistributedDataParallel averages them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Gradients = list[Tensor | None]
+
+
+@dataclass
+class LocalStep:
+    """What one block's step on one batch came to.
+
+    Attributes:
+        loss: the local loss, a detached scalar.
+        scores: detached class scores (N, classes).
+        parameters: what the block trains.
+        gradients: their gradients, accumulation and loss scaling included; None where there is none.
+        buffers: buffers with their values from before the step, for :meth:`undo`.
+    """
+
+    loss: Tensor
+    scores: Tensor
+    parameters: Sequence[nn.Parameter]
+    gradients: Gradients
+    buffers: list[tuple[Tensor, Tensor]]
+
+    def undo(self) -> None:
+        """Drop the gradients and put the buffers back, as if the block had not seen the batch."""
+        self.gradients = [None] * len(self.gradients)
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
 
 
 def local_gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
@@ -55,9 +81,13 @@ class _Deliver(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def deliver(loss: Tensor, parameters: Sequence[nn.Parameter], gradients: Gradients) -> Tensor:
-    """A loss of the same value whose backward adds ``gradients`` to the ``.grad`` of ``parameters``.
+def deliver(steps: Iterable[LocalStep]) -> Tensor:
+    """The sum of the local losses, whose backward adds each step's gradients to the ``.grad`` of its parameters.
 
     The value that backward starts from does not scale them: accumulation and loss scaling are in them already.
     """
-    return _Deliver.apply(loss, gradients, *parameters)  # type: ignore[no-untyped-call]
+    steps = list(steps)
+    total = torch.stack([step.loss.float() for step in steps]).sum()
+    gradients = [gradient for step in steps for gradient in step.gradients]
+    parameters = [parameter for step in steps for parameter in step.parameters]
+    return _Deliver.apply(total, gradients, *parameters)  # type: ignore[no-untyped-call]

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dgl.local_step import LocalStep
+
 
 def metric_collection(
     metrics: Metric | MetricCollection | None, num_classes: int, ignore_index: int | None
@@ -56,11 +58,11 @@ class BlockMetrics(nn.Module):
         self.ensemble = metrics.clone()
         self._registered = nn.ModuleList([*self.losses, *self.blocks])  # so that they move between devices
 
-    def batch_values(
-        self, losses: Mapping[int, Tensor], scores: Mapping[int, Tensor], targets: Tensor
-    ) -> dict[str, Tensor]:
-        """Values of one batch alone, for the blocks that ``losses`` holds by number; the ensemble's left out."""
-        return self._named({j: {"loss": loss, **self.blocks[j](scores[j], targets)} for j, loss in losses.items()})
+    def batch_values(self, steps: Mapping[int, LocalStep], targets: Tensor) -> dict[str, Tensor]:
+        """Values of one batch alone, for the blocks that ``steps`` holds by number; the ensemble's left out."""
+        return self._named(
+            {j: {"loss": step.loss, **self.blocks[j](step.scores, targets)} for j, step in steps.items()}
+        )
 
     def update(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> None:
         """Take in one batch of N samples: J local losses (scalars) and class scores (N, classes)."""

@@ -18,8 +18,17 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
 from lightning_dgl.callbacks import BlockSummary
+from lightning_dgl.checks import (
+    check_batch,
+    check_choice,
+    check_head,
+    check_length,
+    class_indices,
+    number_of_classes,
+    one_per_block,
+)
 from lightning_dgl.heads import HeadFactory, head_factory
-from lightning_dgl.local_step import Gradients, deliver, local_gradients
+from lightning_dgl.local_step import LocalStep, deliver, local_gradients
 from lightning_dgl.metrics import BlockMetrics, ensemble, metric_collection
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.schedules import Schedule, Synchronous
@@ -28,9 +37,6 @@ from lightning_dgl.splitting import (
     count_flops,
     example_batch,
     extent,
-    in_mode,
-    output_shape,
-    preserved_state,
     split_network,
 )
 
@@ -111,8 +117,8 @@ class DGLModule(LightningModule):
         on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
-        _check_choice("lr_interval", lr_interval, ("epoch", "step"))
-        _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        check_choice("lr_interval", lr_interval, ("epoch", "step"))
+        check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be an nn.Module, got {type(network).__name__}.")
         example_input = example_batch(network, example_input)
@@ -120,7 +126,7 @@ class DGLModule(LightningModule):
         choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite}
         self.save_hyperparameters({k: v for k, v in given.items() if v is not None} | choices)
 
-        num_classes = _num_classes(network, example_input)
+        num_classes = number_of_classes(network, example_input)
         factories = [head_factory(h) for h in head] if isinstance(head, list) else [head_factory(head)]
 
         def make_head(point: SplitPoint, j: int = 0) -> nn.Module:
@@ -129,10 +135,10 @@ class DGLModule(LightningModule):
         split = split_network(network, num_blocks, split_at, example_input, balance, make_head if factories else None)
         num_blocks = len(split.blocks)
         if isinstance(head, list):
-            _check_length("head", head, num_blocks - 1, "the last block has the network's own classifier")
-        self._optimizer_factories = _per_block("optimizer", optimizer, num_blocks)
+            check_length("head", head, num_blocks - 1, "the last block has the network's own classifier")
+        self._optimizer_factories = one_per_block("optimizer", optimizer, num_blocks)
         self._lr_scheduler_factories = (
-            None if lr_scheduler is None else _per_block("lr_scheduler", lr_scheduler, num_blocks)
+            None if lr_scheduler is None else one_per_block("lr_scheduler", lr_scheduler, num_blocks)
         )
 
         self.num_classes = num_classes
@@ -143,7 +149,9 @@ class DGLModule(LightningModule):
         self.block_names = [extent(block) for block in split.blocks]
         self.heads = nn.ModuleList(make_head(point, j) for j, point in enumerate(split.points))
         self.heads.to(example_input.device)
-        self._check_heads(example_input.dtype)
+        for j, point in enumerate(split.points):
+            features = torch.zeros(point.shape, dtype=example_input.dtype, device=example_input.device)
+            check_head(j, self.heads[j], point, features, num_classes)
         self.block_flops = split.costs
         self.head_flops = [
             count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
@@ -217,39 +225,30 @@ class DGLModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, targets = self._check_batch(batch, batch_idx)
+        inputs, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
         if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.heads.modules()):
             raise ValueError(
                 "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
                 "drop_last=True to the DataLoader, or another batch size."
             )
-        losses: dict[int, Tensor] = {}
-        scores: dict[int, Tensor] = {}
-        gradients: dict[int, Gradients] = {}
-        buffers: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        steps: dict[int, LocalStep] = {}
         parameters = self._trained_parameters()
 
         def local_step(block: int, x: Tensor, y: Tensor) -> Tensor:
-            if self._on_nonfinite == "skip":
-                buffers[block] = [(buffer, buffer.clone()) for buffer in self._block_buffers(block)]
+            buffers = [(buffer, buffer.clone()) for buffer in self._buffers_to_restore(block)]
             output = self.blocks[block](x)
-            block_scores = self._score(block, output)
-            loss = self.local_loss(block, block_scores, y)
-            gradients[block] = local_gradients(self._scaled(block, loss), parameters[block])
-            losses[block], scores[block] = loss.detach(), block_scores.detach()
+            scores = self._score(block, output)
+            loss = self.local_loss(block, scores, y)
+            gradients = local_gradients(self._scaled(block, loss), parameters[block])
+            steps[block] = LocalStep(loss.detach(), scores.detach(), parameters[block], gradients, buffers)
             return output.detach()
 
         self._schedule.step(local_step, self.num_blocks, inputs, targets)
-        for block in self._nonfinite(losses):
-            gradients[block] = [None] * len(gradients[block])
+        for block in self._nonfinite_blocks(steps):
             self._skipped[block] += 1
-            for buffer, before in buffers[block]:
-                buffer.copy_(before)
-        self._log_training(losses, scores, targets)
-        total = torch.stack([losses[j].float() for j in sorted(losses)]).sum()
-        return deliver(
-            total, [p for j in gradients for p in parameters[j]], [g for block in gradients.values() for g in block]
-        )
+            steps[block].undo()
+        self._log_training(steps, targets)
+        return deliver(steps.values())
 
     def _trained_parameters(self) -> list[list[nn.Parameter]]:
         optimizer = self.trainer.optimizers[0]
@@ -275,30 +274,31 @@ class DGLModule(LightningModule):
             )
         return scaler.scalers[block].scale(loss)
 
-    def _block_buffers(self, block: int) -> list[Tensor]:
+    def _buffers_to_restore(self, block: int) -> list[Tensor]:
+        if self._on_nonfinite != "skip":
+            return []
         heads = self.heads[block].buffers() if block < len(self.heads) else ()
         return [*self.blocks[block].buffers(), *heads]
 
-    def _nonfinite(self, losses: dict[int, Tensor]) -> list[int]:
+    def _nonfinite_blocks(self, steps: dict[int, LocalStep]) -> list[int]:
         """Blocks whose loss is not finite, if they are to be skipped; one synchronisation with the device."""
-        order = sorted(losses)
-        values = torch.stack([losses[j].float() for j in order])
-        if torch.isfinite(values).all():
+        finite = torch.stack([step.loss.float() for step in steps.values()]).isfinite()
+        if finite.all():
             return []
-        blocks = [j for j, finite in zip(order, torch.isfinite(values).tolist(), strict=True) if not finite]
+        blocks = [block for block, is_finite in zip(steps, finite.tolist(), strict=True) if not is_finite]
         if self._on_nonfinite == "raise":
+            first = blocks[0]
             raise NonFiniteLossError(
-                f"The local loss of block {blocks[0]} ({self.block_names[blocks[0]]}) is {losses[blocks[0]].item()} "
-                f"at step {self.global_step}. Lower the learning rate or check the data; on_nonfinite='skip' skips "
-                "that block's update instead."
+                f"The local loss of block {first} ({self.block_names[first]}) is {steps[first].loss.item()} at step "
+                f"{self.global_step}. Lower the learning rate or check the data; on_nonfinite='skip' skips that "
+                "block's update instead."
             )
         return blocks
 
-    def _log_training(self, losses: dict[int, Tensor], scores: dict[int, Tensor], targets: Tensor) -> None:
+    def _log_training(self, steps: dict[int, LocalStep], targets: Tensor) -> None:
         detailed = self._logs_every_block_now()
-        if not detailed:
-            losses = {j: loss for j, loss in losses.items() if j == self.num_blocks - 1}
-        values = self._stage_metrics("train").batch_values(losses, scores, _class_indices(targets))
+        logged = {j: step for j, step in sorted(steps.items()) if detailed or j == self.num_blocks - 1}
+        values = self._stage_metrics("train").batch_values(logged, class_indices(targets))
         if detailed and self._on_nonfinite == "skip":
             values |= {f"skipped_block{j}": torch.tensor(float(count)) for j, count in enumerate(self._skipped)}
         shown = {name: value for name, value in values.items() if detailed or "_block" not in name}
@@ -326,10 +326,10 @@ class DGLModule(LightningModule):
         return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        inputs, targets = self._check_batch(batch, batch_idx)
+        inputs, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
         scores = self.block_scores(inputs)
         losses = [self.local_loss(j, block_scores, targets) for j, block_scores in enumerate(scores)]
-        self._stage_metrics(stage, dataloader_idx).update(losses, scores, _class_indices(targets))
+        self._stage_metrics(stage, dataloader_idx).update(losses, scores, class_indices(targets))
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -515,109 +515,3 @@ class DGLModule(LightningModule):
             if self.device.type != "cpu" and self.device.type in self._random_state:
                 state = self._random_state[self.device.type].cpu()
                 torch.get_device_module(self.device).set_rng_state(state)
-
-    # Checks
-
-    def _check_heads(self, dtype: torch.dtype) -> None:
-        """Run each head on its block's output shape: it must return (N, classes) and leave its input alone."""
-        for j, (head, point) in enumerate(zip(self.heads, self.split_points, strict=True)):
-            if not isinstance(head, nn.Module):
-                raise TypeError(f"head must make an nn.Module, block {j} got {type(head).__name__}.")
-            made_from = (
-                "Head callables get (channels, spatial_size, num_classes) = "
-                f"({point.channels}, {point.spatial_size}, {self.num_classes})."
-            )
-            features = torch.zeros(point.shape, dtype=dtype, device=next(self.network.parameters()).device)
-            for training in (True, False):
-                with preserved_state(head), in_mode(head, training), torch.no_grad():
-                    try:
-                        shape = tuple(self._score(j, features).shape)
-                    except Exception as error:
-                        raise ValueError(
-                            f"The head of block {j} does not take its block's output, (N, C, H, W) = "
-                            f"{tuple(point.as_images(features).shape)} ({type(error).__name__}: {error}). {made_from}"
-                        ) from error
-            if features._version > 0:
-                raise ValueError(
-                    f"The head of block {j} overwrites its input in place, which the next block reads too. Pass "
-                    "inplace=False to its first layer."
-                )
-            if shape != (len(features), self.num_classes):
-                raise ValueError(
-                    f"The head of block {j} must return class scores ({len(features)}, {self.num_classes}), but "
-                    f"returns {shape}. {made_from}"
-                )
-
-    def _check_batch(self, batch: Any, batch_idx: int) -> tuple[Tensor, Tensor]:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
-            raise TypeError(
-                f"A batch must be a pair of tensors (inputs, targets), got {_describe(batch)}. Let the data set or its "
-                "collate_fn return such pairs."
-            )
-        inputs, targets = batch
-        expected = (len(inputs), self.num_classes) if targets.is_floating_point() else (len(inputs),)
-        if tuple(targets.shape) != expected:
-            raise ValueError(
-                f"Targets must be class indices of shape ({len(inputs)},) or class probabilities of shape "
-                f"({len(inputs)}, {self.num_classes}), got targets of shape {tuple(targets.shape)} and dtype "
-                f"{targets.dtype}."
-            )
-        # On an accelerator looking at the values waits for them, so only the first batch of each epoch is looked at.
-        if not targets.is_floating_point() and (targets.device.type == "cpu" or batch_idx == 0):
-            wrong = (targets < 0) | (targets >= self.num_classes)
-            if self._ignore_index is not None:
-                wrong &= targets != self._ignore_index
-            if wrong.any():
-                raise ValueError(
-                    f"Targets must be from 0 to {self.num_classes - 1}, the network has {self.num_classes} classes, "
-                    f"got {targets[wrong][0].item()}. Fix the labels or the network's number of classes."
-                )
-        return inputs, targets
-
-
-# What the constructor asks of its arguments
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _check_length(name: str, values: Sequence[Any], expected: int, why: str) -> None:
-    if len(values) != expected:
-        raise ValueError(f"{name} is a list of {len(values)}, but must have {expected}: {why}.")
-
-
-def _per_block(name: str, factory: Any, num_blocks: int) -> list[Any]:
-    if isinstance(factory, (list, tuple)):
-        _check_length(name, factory, num_blocks, "one for each block")
-    factories = list(factory) if isinstance(factory, (list, tuple)) else [factory] * num_blocks
-    for make in factories:
-        if not callable(make):
-            raise TypeError(f"{name} must be a callable (or a list of callables), got {type(make).__name__}.")
-    return factories
-
-
-def _num_classes(network: nn.Module, example_input: Tensor) -> int:
-    for training in (True, False):
-        shape = output_shape(network, example_input, training)
-        if shape is None or len(shape) != 2 or shape[0] != len(example_input) or shape[1] < 2:
-            raise ValueError(
-                f"network must return class scores (N, classes), but {type(network).__name__} returns "
-                f"{'something other than one tensor' if shape is None else f'shape {shape}'} in "
-                f"{'train' if training else 'eval'} mode for N={len(example_input)}. Give it a classifier, or switch "
-                "off further outputs (torchvision's googlenet and inception_v3: aux_logits=False)."
-            )
-        num_classes = shape[1]
-    return num_classes
-
-
-def _class_indices(targets: Tensor) -> Tensor:
-    """Targets as metrics take them: class probabilities, as of mixup, count as their most probable class."""
-    return targets.argmax(dim=1) if targets.is_floating_point() else targets
-
-
-def _describe(batch: Any) -> str:
-    if isinstance(batch, (tuple, list)):
-        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
-    return type(batch).__name__
