@@ -245,3 +245,25 @@ def test_a_network_that_cannot_be_traced() -> None:
 def test_shapes_are_those_of_the_example_batch_even_for_one_sample() -> None:
     points = find_split_points(small_cnn(), torch.zeros(1, 3, 8, 8))
     assert {point.shape[0] for point in points} == {1}
+
+
+class Lengths(nn.Module):
+    def __init__(self, of_a_tensor: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 5)
+        self.of_a_tensor = of_a_tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.of_a_tensor:
+            return self.last(self.first(x).view(len(x), 8))
+        parts = self.first(x).chunk(4, dim=1)
+        return self.last(torch.cat([parts[-i - 1] for i in range(len(parts))], dim=1))
+
+
+def test_lengths_are_known_for_lists_but_not_for_the_batch() -> None:
+    x = torch.randn(2, 8)
+    network = Lengths(False)
+    blocks = split(network, split_at=["first"], example_input=x)
+    assert torch.equal(blocks[1](x), network.last(torch.cat(x.chunk(4, dim=1)[::-1], dim=1)))
+    with pytest.raises(SplitError, match=r"Lengths.*write x.shape\[0\] instead"):
+        find_split_points(Lengths(True), x)

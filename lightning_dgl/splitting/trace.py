@@ -157,6 +157,13 @@ class _InPlaceProxy(Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __len__(self) -> int:
+        assert isinstance(self.tracer, _Tracer)
+        value = self.tracer.value(self.node)
+        if not isinstance(value, (tuple, list)):
+            raise _Opaque("takes len() of a tensor (write x.shape[0] instead)")
+        return len(value)
+
 
 def _record_in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Any]:
     def method(self: Proxy, other: Any) -> Any:
@@ -305,19 +312,20 @@ class _Tracer(fx.Tracer):
 
     @override
     def to_bool(self, obj: Proxy) -> bool:
-        value = self._value(obj.node)
+        value = self.value(obj.node)
         if isinstance(value, Tensor):
             raise _Opaque("branches on the values of a tensor")
         return bool(value)
 
     @override
     def iter(self, obj: Proxy) -> Iterator[Any]:
-        value = self._value(obj.node)
+        value = self.value(obj.node)
         if not isinstance(value, (tuple, list)):
             raise _Opaque("loops over a tensor")
         return iter([operator.getitem(obj, i) for i in range(len(value))])
 
-    def _value(self, node: fx.Node) -> Any:
+    def value(self, node: fx.Node) -> Any:
+        """What ``node`` gives for the example input: tensors are fake, sizes are numbers."""
         self._evaluating = True
         try:
             with self._fake_run.active(), _revealed_modes(self.root):
