@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,6 +43,11 @@ def ensemble(scores: Sequence[Tensor]) -> Tensor:
     weights = [2.0**j for j in range(len(scores))]
     total = torch.stack([w * s.float().softmax(dim=1) for w, s in zip(weights, scores, strict=True)]).sum(dim=0)
     return total / sum(weights)
+
+
+def is_headline(name: str) -> bool:
+    """Whether a value is named as the last block's, without the suffix of a block or of the ensemble."""
+    return re.search(r"_(block\d+|ensemble)(/|$)", name) is None
 
 
 class BlockMetrics(nn.Module):

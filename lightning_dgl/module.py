@@ -29,7 +29,7 @@ from lightning_dgl.checks import (
 )
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.local_step import LocalStep, deliver, local_gradients
-from lightning_dgl.metrics import BlockMetrics, ensemble, metric_collection
+from lightning_dgl.metrics import BlockMetrics, ensemble, is_headline, metric_collection
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
@@ -301,7 +301,7 @@ class DGLModule(LightningModule):
         values = self._stage_metrics("train").batch_values(logged, class_indices(targets))
         if detailed and self._on_nonfinite == "skip":
             values |= {f"skipped_block{j}": torch.tensor(float(count)) for j, count in enumerate(self._skipped)}
-        shown = {name: value for name, value in values.items() if detailed or "_block" not in name}
+        shown = {name: value for name, value in values.items() if detailed or is_headline(name)}
         self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=len(targets))
 
     def _logs_every_block_now(self) -> bool:
@@ -376,9 +376,8 @@ class DGLModule(LightningModule):
     def _log_values(self, stage: str, values: dict[str, Tensor], **how: Any) -> None:
         """Log values under the name of their stage; those of the last block go to the progress bar."""
         for name, value in values.items():
-            in_bar = "_block" not in name and "_ensemble" not in name
             # The data loader's number is in the name already, where there are several.
-            self.log(f"{stage}/{name}", value, prog_bar=in_bar, add_dataloader_idx=False, **how)
+            self.log(f"{stage}/{name}", value, prog_bar=is_headline(name), add_dataloader_idx=False, **how)
 
     # What Lightning asks for
 
