@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -83,7 +83,6 @@ class TracedNetwork:
     cuts: dict[bool, dict[str, Cut]]
     tied: set[str]  # names of the points that have the same parameter or buffer on both sides
     cost: float  # forward FLOPs of the whole network, for one sample
-    output: Any  # what the network returns in train mode, on fake tensors
 
     @property
     def usable(self) -> list[SplitPoint]:
@@ -91,12 +90,12 @@ class TracedNetwork:
         return [point for point in self.points if not point.in_place_hazard and point.name not in self.tied]
 
 
-def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPoint]:
+def find_split_points(network: nn.Module, example_input: Tensor | Sequence[int]) -> list[SplitPoint]:
     """List every place after which ``network`` can be cut, in forward order.
 
     Args:
         network: a feed-forward network that takes one tensor. It is not changed.
-        example_input: a batch of the shape the network is trained on, on the network's device.
+        example_input: a batch of the shape the network is trained on, on the network's device, or that shape.
 
     Raises:
         SplitError: if the network's own ``forward`` cannot be traced, or the example does not pass through it.
@@ -110,10 +109,11 @@ def find_split_points(network: nn.Module, example_input: Tensor) -> list[SplitPo
         [('0', (2, 8, 6, 6), 3), ('1', (2, 8, 6, 6), 1), ('2', (2, 288), 2)]
     """
     points = analyse(network, example_input).points
-    return [replace(point, shape=(len(example_input), *point.shape[1:])) for point in points]
+    num_samples = len(example_input) if isinstance(example_input, Tensor) else example_input[0]
+    return [replace(point, shape=(num_samples, *point.shape[1:])) for point in points]
 
 
-def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:
+def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> TracedNetwork:
     """Trace ``network`` in both modes and find the places where it can be cut in both."""
     example_input = example_batch(network, example_input)
     traces = trace(network, example_input)
@@ -143,7 +143,6 @@ def analyse(network: nn.Module, example_input: Tensor) -> TracedNetwork:
         cuts={mode: {names[0]: cut for names, cut in cuts[mode]} for mode in (True, False)},
         tied=_tied(network, traces[True], cuts[True]) | _tied(network, traces[False], cuts[False]),
         cost=runs[True].flops[-1] / example_input.shape[0],
-        output=runs[True].output,
     )
 
 
@@ -158,7 +157,6 @@ class _Run:
     flops: list[int]  # forward FLOPs up to and including each operation
     versions: dict[tuple[fx.Node, int], int]  # in-place version of a node after operation number i
     final_versions: dict[fx.Node, int]
-    output: Any
 
     def overwritten(self, cut: Cut) -> bool:
         """Whether something after ``cut`` changed the tensor that crosses it, in place."""
@@ -196,7 +194,6 @@ def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
         flops=flops,
         versions=versions,
         final_versions={node: value._version for node, value in tensors.items()},
-        output=values[node],
     )
 
 

@@ -33,7 +33,7 @@ def split(
     num_blocks: int | None = None,
     *,
     split_at: Sequence[str] | None = None,
-    example_input: Tensor,
+    example_input: Tensor | Sequence[int],
     balance: str = "flops",
 ) -> nn.ModuleList:
     """Split ``network`` into consecutive blocks that share its parameters and together compute what it computes.
@@ -44,7 +44,7 @@ def split(
         network: a feed-forward network that takes one tensor.
         num_blocks: how many blocks to make; the cuts are chosen so that the most expensive block is cheapest.
         split_at: instead of ``num_blocks``: names of the split points to cut after, in forward order.
-        example_input: a batch of the shape the network is trained on, on the network's device.
+        example_input: a batch of the shape the network is trained on, on the network's device, or that shape.
         balance: what ``num_blocks`` balances: "flops" (forward FLOPs, the same on every machine), "memory" (what is
             held for backward; least memory on one device) or "time" (forward and backward of the example batch,
             measured here; give it the batch size that you train with).
@@ -73,7 +73,7 @@ def split_network(
     network: nn.Module,
     num_blocks: int | None,
     split_at: Sequence[str] | None,
-    example_input: Tensor,
+    example_input: Tensor | Sequence[int],
     balance: str = "flops",
     make_head: HeadFactory | None = None,
 ) -> SplitNetwork:
