@@ -172,7 +172,7 @@ class _GraphBuilder:
         self.graphs: list[fx.Graph] = []
         self._trace = trace
         self._cuts = list(cuts)
-        self._order = {node: i for i, node in enumerate(n for n in trace.root.nodes() if n.op != "get_attr")}
+        self._order = trace.order
         self._open(next(iter(trace.graph.nodes)))
 
     def _open(self, source: fx.Node) -> None:

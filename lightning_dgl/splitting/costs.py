@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, operations
+from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
 from lightning_dgl.splitting.dry_run import FakeRun, dry_run, in_mode, preserved_state
 from lightning_dgl.splitting.trace import run_node
 
@@ -43,7 +43,7 @@ class Costs:
 def flops(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
     """Forward FLOPs for one sample."""
     upto = [*(point.cost for point in traced.usable), traced.cost]
-    return Costs(upto, _of_heads(traced, make_head, head_flops), [0.0] * len(traced.usable))
+    return Costs(upto, _of_heads(traced, make_head, count_flops), [0.0] * len(traced.usable))
 
 
 def count_flops(module: nn.Module, example_input: Tensor) -> float:
@@ -52,13 +52,6 @@ def count_flops(module: nn.Module, example_input: Tensor) -> float:
     with in_mode(module, True), fake.active(), FlopCounterMode(display=False) as counter:
         module(fake.fake(example_input))
     return counter.get_total_flops() / len(example_input)
-
-
-def head_flops(head: nn.Module, features: Tensor) -> float:
-    """Forward FLOPs of a head for one sample."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        head(features)
-    return counter.get_total_flops() / len(features)
 
 
 # Bytes that autograd holds for backward, for one sample
@@ -103,11 +96,10 @@ def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
 
     def run(example_input: Tensor) -> _Held:
         held = _Held([*network.parameters(), *network.buffers()])
-        order = {node: i for i, node in enumerate(operations(trace))}
         values: dict[fx.Node, Any] = {}
         with torch.enable_grad(), held.saving():
             for node in trace.graph.nodes:
-                held.step = order.get(node, held.step)
+                held.step = trace.order.get(node, held.step)
                 values[node] = example_input if node.op == "placeholder" else run_node(network, node, values)
         return held
 
@@ -115,7 +107,7 @@ def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
     num_samples = len(traced.example_input)
     positions = [traced.cuts[True][point.name].position for point in traced.usable]
     return Costs(
-        upto=[held.upto(position) / num_samples for position in (*positions, len(operations(trace)))],
+        upto=[held.upto(position) / num_samples for position in (*positions, len(trace.operations))],
         head=_of_heads(traced, make_head, _head_memory),
         input=[held.across(position) / num_samples for position in positions],
     )
@@ -148,14 +140,14 @@ def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
     """
     network, trace = traced.network, traced.traces[True]
     boundaries = [traced.cuts[True][point.name] for point in traced.usable]
-    stops = [cut.position for cut in boundaries] + [len(operations(trace)) - 1]
+    stops = [cut.position for cut in boundaries] + [len(trace.operations) - 1]
     attributes = [node for node in trace.graph.nodes if node.op == "get_attr"]
     placeholder, output = next(iter(trace.graph.nodes)), next(iter(reversed(trace.graph.nodes)))
     seconds = []
     with preserved_state(network), in_mode(network, True), torch.enable_grad():
         start, source, tensor = 0, placeholder, traced.example_input
         for i, stop in enumerate(stops):
-            nodes = operations(trace)[start : stop + 1]
+            nodes = trace.operations[start : stop + 1]
             target = boundaries[i].node if i < len(boundaries) else output.args[0]
             runs = []
             for _ in range(repeats + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -163,28 +163,17 @@ class _Run:
         return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
 
 
-def operations(trace: Trace) -> list[fx.Node]:
-    """What the network does, in order; reading a parameter or buffer is not an operation, any block can do it."""
-    return [node for node in trace.root.nodes() if node.op != "get_attr"]
-
-
 def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
     values: dict[fx.Node, Any] = {}
     flops: list[int] = []
     versions: dict[tuple[fx.Node, int], int] = {}
-    ops = operations(trace)
-    crossing = _single_crossings(trace, ops)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        position = -1
+    crossing = _single_crossings(trace)
+    with FlopCounterMode(display=False) as counter:
         for node in trace.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = example_input
+            values[node] = example_input if node.op == "placeholder" else run_node(network, node, values)
+            if node not in trace.order:
                 continue
-            values[node] = run_node(network, node, values)
-            if node.op in ("get_attr", "output"):
-                continue
-            position += 1
+            position = trace.order[node]
             flops.append(counter.get_total_flops())
             if isinstance(values.get(crossing.get(position)), Tensor):  # type: ignore[arg-type]
                 versions[crossing[position], position] = values[crossing[position]]._version
@@ -200,10 +189,9 @@ def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
 # Finding the cuts
 
 
-def _single_crossings(trace: Trace, ops: list[fx.Node]) -> dict[int, fx.Node]:
+def _single_crossings(trace: Trace) -> dict[int, fx.Node]:
     """For each position after which exactly one value is still needed: that value's node."""
-    order = {node: i for i, node in enumerate(ops)}
-    end = len(ops)
+    ops, order, end = trace.operations, trace.order, len(trace.operations)
     placeholder = next(iter(trace.graph.nodes))
     last_use = {node: max((order.get(user, end) for user in node.users), default=-1) for node in (placeholder, *ops)}
     crossings = {}
@@ -218,15 +206,13 @@ def _single_crossings(trace: Trace, ops: list[fx.Node]) -> dict[int, fx.Node]:
 
 def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[str], Cut]]:
     """Every cut with its names, outermost module first, in forward order."""
-    ops = operations(trace)
     positions: dict[fx.Node, list[int]] = {}
-    for position, node in _single_crossings(trace, ops).items():
+    for position, node in _single_crossings(trace).items():
         if node in run.shapes and len(run.shapes[node]) >= 2:
             positions.setdefault(node, []).append(position)
-    spans = list(_spans(trace.root, {node: i for i, node in enumerate(ops)}))
 
     def preference(node: fx.Node, position: int) -> tuple[bool, int, int]:
-        depth = sum(start <= position < stop for _, start, stop in spans)
+        depth = sum(start <= position < stop for _, start, stop in trace.spans)
         return run.overwritten(Cut(node, position)), depth, position
 
     names = _names(trace)
@@ -239,7 +225,7 @@ def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[s
 def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -> set[str]:
     """Names of the cuts that have the same parameter, or the same module with buffers, on both sides."""
     uses: dict[int, list[int]] = {}
-    for position, node in enumerate(operations(trace)):
+    for position, node in enumerate(trace.operations):
         tensors: list[Tensor] = []
         if node.op == "call_module":
             module = network.get_submodule(str(node.target))
@@ -250,16 +236,6 @@ def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -
             uses.setdefault(id(tensor), []).append(position)
     spans = [(positions[0], positions[-1]) for positions in uses.values()]
     return {names[0] for names, cut in cuts if any(first <= cut.position < last for first, last in spans)}
-
-
-def _spans(call: ModuleCall, order: dict[fx.Node, int]) -> Iterator[tuple[ModuleCall, int, int]]:
-    """Every module call below ``call`` with the numbers of its first and last operation."""
-    for item in call.items:
-        if isinstance(item, ModuleCall):
-            inside = [order[node] for node in item.nodes() if node in order]
-            if inside:
-                yield item, inside[0], inside[-1]
-            yield from _spans(item, order)
 
 
 def _names(trace: Trace) -> dict[fx.Node, list[str]]:
@@ -299,9 +275,8 @@ def is_composite(module: nn.Module) -> bool:
 def _rank(network: nn.Module, trace: Trace, cut: Cut) -> int:
     returned_by = [network.get_submodule(path) for path, node in trace.returns if node is cut.node]
     rank = 0 if any(is_composite(module) for module in returned_by) else _operation_rank(network, cut.node)
-    spans = list(_spans(trace.root, {node: i for i, node in enumerate(operations(trace))}))
-    classes = Counter(type(network.get_submodule(call.path)) for call, _, _ in spans)
-    inside = [network.get_submodule(call.path) for call, start, stop in spans if start <= cut.position < stop]
+    classes = Counter(type(network.get_submodule(path)) for path, _, _ in trace.spans)
+    inside = [network.get_submodule(path) for path, start, stop in trace.spans if start <= cut.position < stop]
     return rank + any(is_composite(module) and classes[type(module)] > 1 for module in inside)
 
 

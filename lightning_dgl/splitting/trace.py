@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -55,6 +56,29 @@ class Trace:
     returns: list[tuple[str, fx.Node]]
     # Modules with children that had to be kept whole, and why.
     kept_whole: dict[str, str]
+
+    @cached_property
+    def operations(self) -> list[fx.Node]:
+        """What the network does, in order; reading a parameter or buffer is not an operation, any block can do it."""
+        return [node for node in self.root.nodes() if node.op != "get_attr"]
+
+    @cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """The number of each operation."""
+        return {node: i for i, node in enumerate(self.operations)}
+
+    @cached_property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Every call of a module that was traced into: its path, and its first and last operation."""
+        return list(self._spans(self.root))
+
+    def _spans(self, call: ModuleCall) -> Iterator[tuple[str, int, int]]:
+        for item in call.items:
+            if isinstance(item, ModuleCall):
+                inside = [self.order[node] for node in item.nodes() if node in self.order]
+                if inside:
+                    yield item.path, inside[0], inside[-1]
+                yield from self._spans(item)
 
 
 def trace(network: nn.Module, example_input: Tensor) -> dict[bool, Trace]:
