@@ -38,6 +38,24 @@ def small_cnn(num_classes: int = 4, dropout: float = 0.0) -> nn.Sequential:
     )
 
 
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+class Backpropagation(L.LightningModule):
+    """End-to-end backpropagation of a network with :func:`sgd`, without this package."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return sgd(self.parameters())
+
+
 def small_data(num_samples: int = 40, num_classes: int = 4) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(num_samples, 3, 8, 8, generator=generator)

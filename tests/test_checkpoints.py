@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_dgl import DGLModule
-from tests.conftest import loader, small_cnn, small_data
+from tests.conftest import loader, sgd, small_cnn, small_data
 
 MakeTrainer = Callable[..., L.Trainer]
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
 def adam(params: Any) -> torch.optim.Optimizer:

@@ -14,13 +14,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_dgl import DGLModule
-from tests.conftest import loader, small_cnn, small_data
+from tests.conftest import Backpropagation, loader, sgd, small_cnn, small_data
 
 MakeTrainer = Callable[..., L.Trainer]
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
 def make_module(num_blocks: int = 4, kind: type[DGLModule] = DGLModule, **kwargs: Any) -> DGLModule:
@@ -41,18 +37,6 @@ def half(init_scale: float = 2.0**10, growth_interval: int = 2000) -> MixedPreci
     """Mixed precision with float16 and loss scaling on the CPU; Trainer(precision="16-mixed") would take bfloat16."""
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
-
-
-class Backpropagation(L.LightningModule):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return sgd(self.parameters())
 
 
 PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {

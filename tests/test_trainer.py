@@ -27,14 +27,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_dgl import BlockSummary, DGLModule, DGLStrategy, NonFiniteLossError
-from tests.conftest import loader, small_cnn, small_data
+from tests.conftest import Backpropagation, loader, sgd, small_cnn, small_data
 
 CUTS = {1: [], 2: ["6"], 4: ["2", "6", "10"]}
 MakeTrainer = Callable[..., L.Trainer]
-
-
-def sgd(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
 def make_module(
@@ -232,16 +228,7 @@ def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSched
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
 
 
-class Backpropagation(L.LightningModule):
-    """The same network, loss, optimizer and scheduler without this package."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
-
+class BackpropagationWithSchedule(Backpropagation):
     def configure_optimizers(self) -> Any:
         optimizer = sgd(self.parameters())
         return [optimizer], [cosine(optimizer)]
@@ -250,7 +237,7 @@ class Backpropagation(L.LightningModule):
 @pytest.mark.parametrize("trainer_args", [{}, {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}])
 def test_one_block_is_end_to_end_backpropagation(trainer_args: dict[str, Any], make_trainer: MakeTrainer) -> None:
     network = small_cnn(dropout=0.3)
-    plain = Backpropagation(copy.deepcopy(network))
+    plain = BackpropagationWithSchedule(copy.deepcopy(network))
     module = DGLModule(network, num_blocks=1, example_input=(2, 3, 8, 8), optimizer=sgd, lr_scheduler=cosine)
     torch.manual_seed(3)
     make_trainer(strategy="auto", max_epochs=3, **trainer_args).fit(plain, loader(num_samples=38, shuffle=True))
@@ -484,7 +471,7 @@ def test_stochastic_weight_averaging(make_trainer: MakeTrainer) -> None:
         return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=1)
 
     network = small_cnn()
-    plain = Backpropagation(copy.deepcopy(network))
+    plain = BackpropagationWithSchedule(copy.deepcopy(network))
     make_trainer(strategy="auto", max_epochs=4, callbacks=[averaging()]).fit(plain, loader())
     module = DGLModule(network, num_blocks=1, example_input=(2, 3, 8, 8), optimizer=sgd, lr_scheduler=cosine)
     make_trainer(max_epochs=4, callbacks=[averaging()]).fit(module, loader())
