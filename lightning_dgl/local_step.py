@@ -81,13 +81,19 @@ class _Deliver(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-def deliver(steps: Iterable[LocalStep]) -> Tensor:
+def deliver(steps: Iterable[LocalStep], dense: bool = False) -> Tensor:
     """The sum of the local losses, whose backward adds each step's gradients to the ``.grad`` of its parameters.
 
     The value that backward starts from does not scale them: accumulation and loss scaling are in them already.
+
+    Args:
+        steps: one for each block, in order.
+        dense: deliver zeros where there is no gradient; replicas that average theirs wait for every one.
     """
     steps = list(steps)
     total = torch.stack([step.loss.float() for step in steps]).sum()
     gradients = [gradient for step in steps for gradient in step.gradients]
     parameters = [parameter for step in steps for parameter in step.parameters]
+    if dense:
+        gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     return _Deliver.apply(total, gradients, *parameters)  # type: ignore[no-untyped-call]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -31,18 +30,21 @@ def metric_collection(
     return MetricCollection({name: metrics})
 
 
-def ensemble(scores: Sequence[Tensor]) -> Tensor:
-    """The paper's ensemble of all blocks' class scores: Σ_j 2^j softmax(scores_j), normalised.
+def add_vote(votes: Tensor | None, block: int, scores: Tensor) -> Tensor:
+    """The paper's ensemble up to ``block``: Σ_j 2^j softmax(scores of block j), each over (N, classes).
 
     Args:
-        scores: J tensors (N, classes), first block first.
-
-    Returns:
-        Class probabilities (N, classes).
+        votes: the sum up to the block before; None before block 0.
+        block: j.
+        scores: class scores (N, classes) of block j.
     """
-    weights = [2.0**j for j in range(len(scores))]
-    total = torch.stack([w * s.float().softmax(dim=1) for w, s in zip(weights, scores, strict=True)]).sum(dim=0)
-    return total / sum(weights)
+    vote = 2.0**block * scores.float().softmax(dim=1)
+    return vote if votes is None else votes + vote
+
+
+def ensemble(votes: Tensor, num_blocks: int) -> Tensor:
+    """Class probabilities (N, classes) of the ensemble, from the votes of all J blocks."""
+    return votes / (2.0**num_blocks - 1)
 
 
 def is_headline(name: str) -> bool:
@@ -51,18 +53,27 @@ def is_headline(name: str) -> bool:
 
 
 class BlockMetrics(nn.Module):
-    """Local losses and metrics of J blocks, and the metrics of their ensemble, over one pass through some data.
+    """Local losses and metrics of blocks, and the metrics of their ensemble, over one pass through some data.
 
     Values are named ``loss_block{j}`` and ``{metric}_block{j}`` for every block, ``loss`` and ``{metric}`` for the last
-    block, and ``{metric}_ensemble``.
+    one of the network, and ``{metric}_ensemble``.
+
+    Args:
+        metrics: what to measure, cloned for each block.
+        num_blocks: J.
+        blocks: those of the J blocks that this process holds; the ensemble is measured where the last one is.
     """
 
-    def __init__(self, metrics: MetricCollection, num_blocks: int) -> None:
+    def __init__(self, metrics: MetricCollection, num_blocks: int, blocks: range) -> None:
         super().__init__()
-        self.losses = [MeanMetric() for _ in range(num_blocks)]
-        self.blocks = [metrics.clone() for _ in range(num_blocks)]
-        self.ensemble = metrics.clone()
-        self._registered = nn.ModuleList([*self.losses, *self.blocks])  # so that they move between devices
+        self.num_blocks = num_blocks
+        self.losses = {j: MeanMetric() for j in blocks}
+        self.blocks = {j: metrics.clone() for j in blocks}
+        self.ensemble = metrics.clone() if num_blocks - 1 in blocks else None
+        # so that they move between devices
+        self._registered = nn.ModuleList(
+            [*self.losses.values(), *self.blocks.values(), *([] if self.ensemble is None else [self.ensemble])]
+        )
 
     def batch_values(self, steps: Mapping[int, LocalStep], targets: Tensor) -> dict[str, Tensor]:
         """Values of one batch alone, for the blocks that ``steps`` holds by number; the ensemble's left out."""
@@ -70,28 +81,23 @@ class BlockMetrics(nn.Module):
             {j: {"loss": step.loss, **self.blocks[j](step.scores, targets)} for j, step in steps.items()}
         )
 
-    def update(self, losses: Sequence[Tensor], scores: Sequence[Tensor], targets: Tensor) -> None:
-        """Take in one batch of N samples: J local losses (scalars) and class scores (N, classes)."""
-        for mean, loss in zip(self.losses, losses, strict=True):
-            mean.update(loss, weight=len(targets))
-        for metric, block_scores in zip(self.blocks, scores, strict=True):
-            metric.update(block_scores, targets)
-        self.ensemble.update(ensemble(scores), targets)
+    def update(self, block: int, loss: Tensor, scores: Tensor, targets: Tensor) -> None:
+        """Take in one batch of N samples: a block's local loss (a scalar) and class scores (N, classes)."""
+        self.losses[block].update(loss, weight=len(targets))
+        self.blocks[block].update(scores, targets)
+
+    def update_ensemble(self, votes: Tensor, targets: Tensor) -> None:
+        """Take in the votes (N, classes) of all J blocks on one batch, where the last block is."""
+        if self.ensemble is not None:
+            self.ensemble.update(ensemble(votes, self.num_blocks), targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """The values over everything taken in since the last reset."""
-        blocks = enumerate(zip(self.losses, self.blocks, strict=True))
-        values = self._named({j: {"loss": loss.compute(), **metric.compute()} for j, (loss, metric) in blocks})
-        values.update({f"{name}_ensemble": value for name, value in self.ensemble.compute().items()})
+        """The values over everything taken in."""
+        values = self._named({j: {"loss": self.losses[j].compute(), **self.blocks[j].compute()} for j in self.blocks})
+        if self.ensemble is not None:
+            values |= {f"{name}_ensemble": value for name, value in self.ensemble.compute().items()}
         return values
-
-    def reset(self) -> None:
-        """Forget everything taken in."""
-        for loss in self.losses:
-            loss.reset()
-        for metric in (*self.blocks, self.ensemble):
-            metric.reset()
 
     def _named(self, blocks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         named = {f"{name}_block{j}": value for j, values in blocks.items() for name, value in values.items()}
-        return {**blocks.get(len(self.blocks) - 1, {}), **named}
+        return {**blocks.get(self.num_blocks - 1, {}), **named}

@@ -27,12 +27,15 @@ from lightning_dgl.checks import (
     number_of_classes,
     one_per_block,
 )
+from lightning_dgl.distributed import Address, Report, Stage, StageBatch
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.local_step import LocalStep, deliver, local_gradients
-from lightning_dgl.metrics import BlockMetrics, ensemble, is_headline, metric_collection
+from lightning_dgl.metrics import BlockMetrics, add_vote, ensemble, is_headline, metric_collection
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
+from lightning_dgl.random_streams import RandomStreams, get_random_state, set_random_state
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
+    Block,
     SplitPoint,
     count_flops,
     example_batch,
@@ -169,7 +172,9 @@ class DGLModule(LightningModule):
         self._metrics = nn.ModuleDict()
         self._skipped = [0] * num_blocks
         self._unused_parameters = self._parameters_in_no_block()
-        self._random_state: dict[str, Any] | None = None
+        self._random_streams: RandomStreams | None = None
+        self._random_state: dict[str, Any] | None = None  # of a checkpoint, until training goes on from it
+        self._latest: dict[str, float] = {}  # training values of this rank's blocks
 
     @property
     def num_blocks(self) -> int:
@@ -188,10 +193,22 @@ class DGLModule(LightningModule):
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         return [name for name, p in self.network.named_parameters() if id(p) not in inside]
 
+    def block_tensors(self, block: int) -> list[Tensor]:
+        """Everything that block ``block`` and its head hold: parameters and buffers."""
+        own = self.blocks[block]
+        assert isinstance(own, Block)
+        head = self.heads[block] if block < len(self.heads) else nn.Identity()
+        return [*own.tensors(), *head.parameters(), *head.buffers()]
+
     # Scores
 
     def forward(self, x: Tensor, block: int | None = None) -> Tensor:
-        """Class scores (N, classes) of the last block, or of block ``block``: an early exit."""
+        """Class scores (N, classes) of the last block, or of block ``block``: an early exit.
+
+        Raises:
+            RuntimeError: while a Trainer runs with other blocks on other ranks.
+        """
+        self._check_whole()
         if block is None:
             return self.network(x)
         if not 0 <= block < self.num_blocks:
@@ -202,6 +219,7 @@ class DGLModule(LightningModule):
 
     def block_scores(self, x: Tensor) -> list[Tensor]:
         """Class scores (N, classes) of every block, first block first."""
+        self._check_whole()
         scores = []
         for j, block in enumerate(self.blocks):
             x = block(x)
@@ -210,12 +228,23 @@ class DGLModule(LightningModule):
 
     def ensemble(self, x: Tensor) -> Tensor:
         """Class probabilities (N, classes) of the paper's ensemble: Σ_j 2^j softmax(scores of block j), normalised."""
-        return ensemble(self.block_scores(x))
+        votes = None
+        for j, scores in enumerate(self.block_scores(x)):
+            votes = add_vote(votes, j, scores)
+        assert votes is not None
+        return ensemble(votes, self.num_blocks)
 
     def _score(self, block: int, output: Tensor) -> Tensor:
         if block == len(self.heads):
             return output
         return self.heads[block](self.split_points[block].as_images(output))
+
+    def _check_whole(self) -> None:
+        if self._trainer is not None and self._stage.is_split:
+            raise RuntimeError(
+                f"This rank holds only blocks {list(self._stage.blocks)} of {self.num_blocks} while the Trainer runs, "
+                "so the module cannot be called. Use trainer.validate, test or predict, or call it after fit."
+            )
 
     def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
         """The loss (a scalar) that trains block ``block``; override it for losses that differ between blocks."""
@@ -225,30 +254,55 @@ class DGLModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
+        address = self._address(batch_idx)
+        inputs, targets = self._tensors_of(batch, address)
         if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.heads.modules()):
             raise ValueError(
                 "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
                 "drop_last=True to the DataLoader, or another batch size."
             )
+        stage = self._stage
+        streams = self._random_streams
+        assert streams is not None
         steps: dict[int, LocalStep] = {}
         parameters = self._trained_parameters()
 
         def local_step(block: int, x: Tensor, y: Tensor) -> Tensor:
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers_to_restore(block)]
-            output = self.blocks[block](x)
-            scores = self._score(block, output)
-            loss = self.local_loss(block, scores, y)
-            gradients = local_gradients(self._scaled(block, loss), parameters[block])
+            with streams.of(block, self.device):
+                output = self.blocks[block](x)
+                if block == stage.blocks[-1]:
+                    stage.hand_on(address, (output, y))  # before this block's backward: the next stage need not wait
+                scores = self._score(block, output)
+                loss = self.local_loss(block, scores, y)
+                gradients = local_gradients(self._scaled(block, loss), parameters[block])
             steps[block] = LocalStep(loss.detach(), scores.detach(), parameters[block], gradients, buffers)
             return output.detach()
 
-        self._schedule.step(local_step, self.num_blocks, inputs, targets)
+        self._schedule.step(local_step, stage.blocks, inputs, targets)
         for block in self._nonfinite_blocks(steps):
             self._skipped[block] += 1
             steps[block].undo()
         self._log_training(steps, targets)
-        return deliver(steps.values())
+        return deliver(steps.values(), dense=stage.is_replicated)
+
+    def _address(self, batch_idx: int, dataloader_idx: int = 0) -> Address:
+        running = self.trainer.state.stage
+        assert running is not None
+        return Address(running.value, self.trainer.current_epoch, dataloader_idx, batch_idx)
+
+    def _tensors_of(self, batch: Any, address: Address) -> Sequence[Tensor]:
+        """Inputs, targets and, on a later stage in evaluation, the votes of the blocks before."""
+        if isinstance(batch, StageBatch):
+            batch.expect(address)
+            return batch.tensors
+        return check_batch(batch, address.batch_idx, self.num_classes, self._ignore_index)
+
+    @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, StageBatch):  # the user's hook has seen it on the first stage
+            return batch
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     def _trained_parameters(self) -> list[list[nn.Parameter]]:
         optimizer = self.trainer.optimizers[0]
@@ -257,6 +311,10 @@ class DGLModule(LightningModule):
             [p for group in own.param_groups for p in group["params"] if p.requires_grad]
             for own in optimizer.optimizers
         ]
+
+    @property
+    def _stage(self) -> Stage:
+        return getattr(self.trainer.strategy, "stage", None) or Stage(range(self.num_blocks))
 
     @property
     def _schedule(self) -> Schedule:
@@ -277,8 +335,7 @@ class DGLModule(LightningModule):
     def _buffers_to_restore(self, block: int) -> list[Tensor]:
         if self._on_nonfinite != "skip":
             return []
-        heads = self.heads[block].buffers() if block < len(self.heads) else ()
-        return [*self.blocks[block].buffers(), *heads]
+        return [tensor for tensor in self.block_tensors(block) if not isinstance(tensor, nn.Parameter)]
 
     def _nonfinite_blocks(self, steps: dict[int, LocalStep]) -> list[int]:
         """Blocks whose loss is not finite, if they are to be skipped; one synchronisation with the device."""
@@ -296,19 +353,41 @@ class DGLModule(LightningModule):
         return blocks
 
     def _log_training(self, steps: dict[int, LocalStep], targets: Tensor) -> None:
+        stage = self._stage
         detailed = self._logs_every_block_now()
         logged = {j: step for j, step in sorted(steps.items()) if detailed or j == self.num_blocks - 1}
-        values = self._stage_metrics("train").batch_values(logged, class_indices(targets))
+        values = self._metrics_of("train").batch_values(logged, class_indices(targets))
         if detailed and self._on_nonfinite == "skip":
-            values |= {f"skipped_block{j}": torch.tensor(float(count)) for j, count in enumerate(self._skipped)}
+            values |= {f"skipped_block{j}": torch.tensor(float(self._skipped[j])) for j in steps}
         shown = {name: value for name, value in values.items() if detailed or is_headline(name)}
+        if stage.is_split and detailed:
+            self._latest = {name: float(value) for name, value in shown.items()}
+            if not stage.is_first and self._logs_now():
+                stage.report(Report(self.global_step, self.current_epoch, self._latest))
         self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=len(targets))
+        reported = {name: torch.tensor(value) for name, value in self._log_reports().items()}
+        self._log_values("train", reported, on_step=True, on_epoch=False, logger=False)
+
+    def _log_reports(self) -> dict[str, float]:
+        """Log what later stages have measured, under the step at which they did; returns the latest of it."""
+        latest: dict[str, float] = {}
+        for report in self._stage.reports():
+            values = {f"train/{name}": value for name, value in report.values.items()}
+            for logger in self.loggers:
+                logger.log_metrics({**values, "epoch": report.epoch}, step=report.step)
+            latest |= report.values
+        return latest
 
     def _logs_every_block_now(self) -> bool:
         """Whether something will read the values of every block: each one that is logged costs time in every step."""
         trainer = self.trainer
         is_last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
         return trainer._logger_connector.should_update_logs or is_last or trainer.global_step == 0
+
+    def _logs_now(self) -> bool:
+        """Whether Lightning gives what this step has logged to the loggers."""
+        trainer = self.trainer
+        return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
 
     # Evaluation
 
@@ -322,26 +401,58 @@ class DGLModule(LightningModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Class scores (N, classes) of the last block; a batch is inputs, or inputs first."""
-        return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        """Class scores (N, classes) of the last block; a batch is inputs, or inputs first.
 
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        inputs, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
-        scores = self.block_scores(inputs)
-        losses = [self.local_loss(j, block_scores, targets) for j, block_scores in enumerate(scores)]
-        self._stage_metrics(stage, dataloader_idx).update(losses, scores, class_indices(targets))
+        With blocks on several ranks, those of the last stage; on the other stages, this stage's output.
+        """
+        stage = self._stage
+        if not stage.is_split:
+            return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        address = self._address(batch_idx, dataloader_idx)
+        if isinstance(batch, StageBatch):
+            batch.expect(address)
+            x = batch.tensors[0]
+        else:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        for j in stage.blocks:
+            x = self.blocks[j](x)
+        stage.hand_on(address, (x,))
+        return x
+
+    def _evaluate(self, phase: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        address = self._address(batch_idx, dataloader_idx)
+        x, targets, *votes_before = self._tensors_of(batch, address)
+        votes = votes_before[0] if votes_before else None
+        metrics, classes = self._metrics_of(phase, dataloader_idx), class_indices(targets)
+        for j in self._stage.blocks:
+            x = self.blocks[j](x)
+            scores = self._score(j, x)
+            votes = add_vote(votes, j, scores)
+            metrics.update(j, self.local_loss(j, scores, targets), scores, classes)
+        assert votes is not None
+        metrics.update_ensemble(votes, classes)
+        self._stage.hand_on(address, (x, targets, votes))
 
     @override
     def on_train_epoch_start(self) -> None:
-        self._reset_metrics("train")
+        self._forget_metrics("train")
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
+        stage = self._stage
+        if stage.is_split:
+            values = {name: torch.tensor(value) for name, value in stage.merge(self._latest).items()}
+            self._log_values("train", values, on_step=False, on_epoch=True, logger=False, **stage.log_options)
+            self._log_reports()
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._reset_metrics("val")
+        self._forget_metrics("val")
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._reset_metrics("test")
+        self._forget_metrics("test")
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -351,33 +462,33 @@ class DGLModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test", len(self.trainer.num_test_batches))
 
-    def _stage_metrics(self, stage: str, dataloader_idx: int = 0) -> BlockMetrics:
-        key = f"{stage}{dataloader_idx}"
+    def _metrics_of(self, phase: str, dataloader_idx: int = 0) -> BlockMetrics:
+        key = f"{phase}{dataloader_idx}"
         if key not in self._metrics:
-            self._metrics[key] = BlockMetrics(self._metric_template[0], self.num_blocks).to(self.device)
+            own = BlockMetrics(self._metric_template[0], self.num_blocks, self._stage.blocks).to(self.device)
+            self._stage.synchronise(own)
+            self._metrics[key] = own
         metrics = self._metrics[key]
         assert isinstance(metrics, BlockMetrics)
         return metrics
 
-    def _reset_metrics(self, stage: str) -> None:
-        for key, metrics in self._metrics.items():
-            if key.rstrip("0123456789") == stage:
-                assert isinstance(metrics, BlockMetrics)
-                metrics.reset()
+    def _forget_metrics(self, phase: str) -> None:
+        for key in [key for key in self._metrics if key.rstrip("0123456789") == phase]:
+            del self._metrics[key]
 
-    def _log_epoch(self, stage: str, num_dataloaders: int) -> None:
+    def _log_epoch(self, phase: str, num_dataloaders: int) -> None:
         for i in range(num_dataloaders):
-            if f"{stage}{i}" in self._metrics:
+            if f"{phase}{i}" in self._metrics:
                 suffix = f"/dataloader_idx_{i}" if num_dataloaders > 1 else ""
-                values = {f"{name}{suffix}": value for name, value in self._stage_metrics(stage, i).compute().items()}
-                # Metrics have agreed across ranks already; sync_dist only tells Lightning so.
-                self._log_values(stage, values, sync_dist=self.trainer.world_size > 1)
+                values = self._stage.merge(self._metrics_of(phase, i).compute())
+                values = {f"{name}{suffix}": value for name, value in values.items()}
+                self._log_values(phase, values, **self._stage.log_options)
 
-    def _log_values(self, stage: str, values: dict[str, Tensor], **how: Any) -> None:
-        """Log values under the name of their stage; those of the last block go to the progress bar."""
+    def _log_values(self, phase: str, values: dict[str, Tensor], **how: Any) -> None:
+        """Log values under the name of their phase; those of the last block go to the progress bar."""
         for name, value in values.items():
             # The data loader's number is in the name already, where there are several.
-            self.log(f"{stage}/{name}", value, prog_bar=is_headline(name), add_dataloader_idx=False, **how)
+            self.log(f"{phase}/{name}", value, prog_bar=is_headline(name), add_dataloader_idx=False, **how)
 
     # What Lightning asks for
 
@@ -462,6 +573,10 @@ class DGLModule(LightningModule):
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
+        if self._random_streams is None:
+            self._random_streams = RandomStreams(self.num_blocks, self._stage.agree(torch.initial_seed()))
+        if self._random_state is not None and "blocks" in self._random_state:
+            self._random_streams.load(self._random_state["blocks"])
         self._restore_random_state()  # a run saved between epochs goes on with drawing the data loader's seed
 
     @override
@@ -489,9 +604,16 @@ class DGLModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            random_state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
+        streams, blocks = self._random_streams, self._stage.blocks
+        random_state: dict[str, Any] = get_random_state(self.device)
+        plugin = self.trainer.precision_plugin
+        scalers: dict[str, Any] = checkpoint.get(type(plugin).__qualname__, {})
+        # Both are known to the ranks that hold the blocks.
+        own = {j: (None if streams is None else streams[j], scalers["blocks"][j] if scalers else None) for j in blocks}
+        everyones = self._stage.merge(own)
+        random_state["blocks"] = [everyones[j][0] for j in range(self.num_blocks)]
+        if scalers:
+            scalers["blocks"] = [everyones[j][1] for j in range(self.num_blocks)]
         checkpoint["lightning_dgl"] = {"block_names": self.block_names, "random_state": random_state}
 
     @override
@@ -510,7 +632,4 @@ class DGLModule(LightningModule):
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"].cpu())
-            if self.device.type != "cpu" and self.device.type in self._random_state:
-                state = self._random_state[self.device.type].cpu()
-                torch.get_device_module(self.device).set_rng_state(state)
+            set_random_state(self._random_state, self.device)

@@ -14,21 +14,24 @@ LocalStep = Callable[[int, Tensor, Tensor], Tensor]
 class Schedule(Protocol):
     """What a batch of data sets in motion."""
 
-    def step(self, local_step: LocalStep, num_blocks: int, inputs: Tensor, targets: Tensor) -> None:
-        """Take the local steps that one batch of data calls for."""
+    def step(self, local_step: LocalStep, blocks: range, inputs: Tensor, targets: Tensor) -> None:
+        """Take the local steps that one batch calls for, of the consecutive ``blocks`` that this process holds."""
 
 
 class Synchronous:
     """Algorithm 1 of the paper: every block takes one local step on every batch, in forward order.
 
-    A block reads its predecessor's output from before this step's update, so no block waits for another's backward::
+    A block reads its predecessor's output from before this step's update, so no block waits for another's backward. On
+    several ranks, blocks work on different batches at once, and come to the same weights::
 
-        data -> step block 0 -> step block 1 -> ... -> step block J-1
+        rank 0:   data -> step block 0 -> step block 0 -> step block 0 -> ...
+                                  ↘               ↘               ↘
+        rank 1:                    step block 1 -> step block 1 -> step block 1 -> ...
     """
 
-    def step(self, local_step: LocalStep, num_blocks: int, inputs: Tensor, targets: Tensor) -> None:
-        """Take one local step of every block on ``inputs`` and what its predecessor makes of them."""
-        for block in range(num_blocks):
+    def step(self, local_step: LocalStep, blocks: range, inputs: Tensor, targets: Tensor) -> None:
+        """Take one local step of each of ``blocks``, on ``inputs`` and what its predecessor makes of them."""
+        for block in blocks:
             inputs = local_step(block, inputs, targets)
 
 

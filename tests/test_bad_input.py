@@ -251,14 +251,6 @@ def test_module_that_is_not_a_dgl_module(stage: str, make_trainer: MakeTrainer) 
         getattr(make_trainer(), stage)(module, loader())
 
 
-@pytest.mark.parametrize("arguments", [{"devices": 2}, {"num_nodes": 2}])
-def test_more_than_one_device(arguments: dict[str, int], make_trainer: MakeTrainer) -> None:
-    module = make_module()
-    (name, value), *_ = arguments.items()
-    with Unchanged(module), pytest.raises(ValueError, match=rf"one device so far, got .*{name}={value}.*devices=1"):
-        make_trainer(**arguments).fit(module, loader())
-
-
 class Sharded(SingleDeviceStrategy.__base__):  # type: ignore[misc, name-defined]
     """A strategy of a kind that DGLModule does not know, such as FSDP, which needs CUDA."""
 

@@ -37,17 +37,24 @@ def pieces(module: DGLModule) -> tuple[list[nn.Module], list[nn.Module]]:
 def algorithm_1(
     blocks: list[nn.Module], heads: list[nn.Module], data: DataLoader[tuple[Tensor, ...]], max_steps: int
 ) -> None:
-    """Train ``blocks`` in place for ``max_steps`` batches; schedulers step after each pass through the data."""
+    """Train ``blocks`` in place for ``max_steps`` batches; schedulers step after each pass through the data.
+
+    Block 0 draws from the default random stream, which is seeded anew for each step; block j from one of its own,
+    seeded with j.
+    """
     optimizers = [sgd([*block.parameters(), *head.parameters()]) for block, head in zip(blocks, heads, strict=True)]
     schedulers = [step_lr(optimizer) for optimizer in optimizers]
+    streams = [torch.Generator().manual_seed(j).get_state() for j in range(len(blocks))]
     step = 0
     while step < max_steps:
         for inputs, targets in data:
-            torch.manual_seed(step)
+            streams[0] = torch.Generator().manual_seed(step).get_state()
             x = inputs
-            for block, head, optimizer in zip(blocks, heads, optimizers, strict=True):
+            for j, (block, head, optimizer) in enumerate(zip(blocks, heads, optimizers, strict=True)):
+                torch.set_rng_state(streams[j])
                 output = block(x)
                 loss = nn.functional.cross_entropy(head(output), targets)
+                streams[j] = torch.get_rng_state()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -81,6 +88,7 @@ def test_weights_equal_the_plain_loop_bit_for_bit(
     blocks, heads = pieces(module)
     data = loader(num_samples=38)  # an uneven last batch
     algorithm_1(blocks, heads, data, max_steps=20)
+    torch.manual_seed(0)
     trainer = make_trainer(strategy=strategy, max_epochs=-1, max_steps=20, callbacks=[SeedEachStep()])
     trainer.fit(module, data)
     expected = [tensor for block in blocks for tensor in block.state_dict().values()]

@@ -4,7 +4,8 @@ trace -> cut_points -> costs -> balance -> blocks, in the order in which a netwo
 them together.
 """
 
-from lightning_dgl.splitting.blocks import extent
+from lightning_dgl.splitting.balance import balanced_cuts
+from lightning_dgl.splitting.blocks import Block, extent
 from lightning_dgl.splitting.costs import count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
 from lightning_dgl.splitting.dry_run import example_batch, in_mode, output_shape, preserved_state
@@ -12,9 +13,11 @@ from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
 
 __all__ = [
+    "Block",
     "SplitError",
     "SplitNetwork",
     "SplitPoint",
+    "balanced_cuts",
     "count_flops",
     "example_batch",
     "extent",

@@ -111,6 +111,11 @@ class Block(nn.Module):
             for path in self.__dict__.get("_containers", ()):
                 self._network.get_submodule(path).training = mode
 
+    def tensors(self) -> list[Tensor]:
+        """Everything the block holds: its parameters, its buffers, and those buffers of the network that it reads."""
+        outside = [self._network.get_submodule(path)._buffers[name] for path, name in self._cut_through_buffers]
+        return [*self.parameters(), *self.buffers(), *(buffer for buffer in outside if buffer is not None)]
+
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Block:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

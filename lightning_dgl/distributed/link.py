@@ -1,0 +1,292 @@
+"""A link carries (activations, targets) from the rank of one stage to the rank of the next.
+
+Each end has a thread that sends or receives, and a bounded queue, so that a stage waits for a neighbour only when it is
+further ahead or behind than the queues allow. A header precedes the tensors of a message: it says which batch they
+belong to and how they look, so that smaller last batches and validation need nothing special, and ranks that have come
+apart notice it. Each link has a process group of its own: groups deliver in order, and only within themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
+
+from lightning_dgl.distributed.watchdog import Watchdog
+
+_PHASES = [stage.value for stage in RunningStage]
+_DTYPES = [
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+]
+_HEADER_SIZE = 64
+_CLOSE = -1
+
+
+class Address(NamedTuple):
+    """Which batch a message belongs to."""
+
+    phase: str
+    epoch: int
+    dataloader_idx: int
+    batch_idx: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch_idx} of {self.phase!r} in epoch {self.epoch} (data loader {self.dataloader_idx})"
+
+
+class StageBatch:
+    """A batch that a later stage receives: what the previous stage made of a batch of data.
+
+    Attributes:
+        address: which batch of data.
+        tensors: the previous stage's detached output (N, ...); targets, except in prediction; and in evaluation the
+            ensemble's votes (N, classes), float32. All on this rank's device.
+    """
+
+    def __init__(self, address: Address, tensors: Sequence[Tensor]) -> None:
+        self.address = address
+        self.tensors = tensors
+
+    def expect(self, address: Address) -> None:
+        """Raise RuntimeError unless this is the batch that this rank has come to."""
+        if self.address != address:
+            raise RuntimeError(
+                f"The ranks have come apart: this one is at {address}, the one before it at {self.address}. They must "
+                "take the same number of batches; a callback or hook that stops, skips or limits must do so on every "
+                "rank (trainer.strategy.broadcast and reduce_boolean_decision agree on a decision)."
+            )
+
+
+class _End:
+    """What both ends of a link have: a thread, a bounded queue, and the time that the stage has waited for them."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, depth: int, watchdog: Watchdog):
+        self.seconds_waited = 0.0
+        self._group = group
+        self._peer = peer
+        self._device = device
+        self._on_accelerator = device.type != "cpu"
+        self._direct = any(d.type == device.type for d in group._device_types)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
+        self._watchdog = watchdog
+        self._thread = threading.Thread(target=self._run_guarded, daemon=True, name=type(self).__name__)
+        self._thread.start()
+
+    def abandon(self) -> None:
+        """Leave the link as it is, after a failure.
+
+        Its thread may be in gloo, where nothing can interrupt it. It ends when the peer does, but not, as it would when
+        the group were destroyed, while Python shuts down: there it would crash the process.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
+        self._thread.join(timeout=1.0)
+
+    def _run_guarded(self) -> None:
+        try:
+            if self._on_accelerator:
+                module = torch.get_device_module(self._device)
+                module.set_device(self._device)
+                with module.stream(module.Stream()):
+                    self._run()
+            else:
+                self._run()
+        except BaseException as error:
+            self._watchdog.lost(self._peer, error)
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+class Outbox(_End):
+    """The sending end of a link: ``put`` hands a message to the thread, and waits while ``depth`` others wait there."""
+
+    bytes_sent = 0
+
+    def put(self, address: Address, tensors: Sequence[Tensor]) -> None:
+        """Send ``tensors`` as what this stage makes of the batch at ``address``; they must not change any more."""
+        event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
+        self._put((address, [tensor.detach() for tensor in tensors], event))
+
+    def close(self) -> None:
+        """Tell the receiver that nothing follows, and wait until everything is sent."""
+        self._put(None)
+
+        def is_sent() -> bool:
+            self._thread.join(self._watchdog.interval)
+            return not self._thread.is_alive()
+
+        self._watchdog.wait_until(is_sent, self._peer, "to take what was sent to it")
+
+    def _put(self, item: Any) -> None:
+        began = time.monotonic()
+
+        def has_room() -> bool:
+            try:
+                self._queue.put(item, timeout=self._watchdog.interval)
+            except queue.Full:
+                return False
+            return True
+
+        self._watchdog.wait_until(has_room, self._peer, "to take the next batch")
+        self.seconds_waited += time.monotonic() - began
+
+    def _run(self) -> None:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                self._send(_header(None, ()))
+                return
+            address, tensors, event = item
+            if event is not None:
+                event.wait()
+            if not self._direct:
+                tensors = [tensor.cpu() for tensor in tensors]
+            self._send(_header(address, tensors))
+            for tensor in tensors:
+                self._send(tensor.contiguous())
+            if self._on_accelerator:  # the tensors' memory may be used anew once they are sent
+                torch.get_device_module(self._device).current_stream().synchronize()
+            del item, tensors
+
+    def _send(self, tensor: Tensor) -> None:
+        dist.send(tensor, self._peer, group=self._group)
+        self.bytes_sent += tensor.nbytes
+
+
+class Inbox(_End):
+    """The receiving end of a link: its thread receives up to ``depth`` batches ahead."""
+
+    def get(self) -> StageBatch:
+        """The next batch, on this rank's device.
+
+        Raises:
+            RankFailedError: if the sender fails, or sends nothing for as long as the strategy's timeout.
+        """
+        began = time.monotonic()
+        received: list[StageBatch] = []
+
+        def has_arrived() -> bool:
+            try:
+                received.append(self._queue.get(timeout=self._watchdog.interval))
+            except queue.Empty:
+                return False
+            return True
+
+        self._watchdog.wait_until(has_arrived, self._peer, "to send the next batch")
+        self.seconds_waited += time.monotonic() - began
+        batch = received[0]
+        if batch is None:
+            raise RuntimeError(
+                "The ranks have come apart: the rank before this one has finished, this one expects another batch. A "
+                "callback or hook that stops training must do so on every rank."
+            )
+        if self._on_accelerator:
+            stream = torch.get_device_module(self._device).current_stream()
+            for tensor in batch.tensors:
+                tensor.record_stream(stream)
+        return batch
+
+    def close(self) -> None:
+        """Wait for the sender to finish.
+
+        Raises:
+            RuntimeError: if it has sent batches that this stage did not take.
+        """
+        left: list[Any] = []
+
+        def has_closed() -> bool:
+            try:
+                left.append(self._queue.get(timeout=self._watchdog.interval))
+            except queue.Empty:
+                return False
+            return True
+
+        self._watchdog.wait_until(has_closed, self._peer, "to finish")
+        if left[0] is not None:
+            raise RuntimeError(
+                f"The ranks have come apart: this one has finished, the one before it is still at {left[0].address}. A "
+                "callback or hook that stops training must do so on every rank."
+            )
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            batch = self._receive()
+            self._queue.put(batch)  # waits while the stage is busy, which bounds what is received ahead
+            if batch is None:
+                return
+
+    def _receive(self) -> StageBatch | None:
+        header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
+        dist.recv(header, self._peer, group=self._group)
+        address, layouts = _read_header(header)
+        if address is None:
+            return None
+        tensors = [
+            torch.empty(shape, dtype=dtype, device=self._device if self._direct else "cpu") for dtype, shape in layouts
+        ]
+        for tensor in tensors:
+            dist.recv(tensor, self._peer, group=self._group)
+        if not self._direct:
+            tensors = [tensor.to(self._device) for tensor in tensors]
+        if self._on_accelerator:
+            torch.get_device_module(self._device).current_stream().synchronize()
+        return StageBatch(address, tensors)
+
+
+class StageLoader:
+    """Stands in for a data loader on a later stage: as many batches, each what the previous stage makes of one."""
+
+    def __init__(self, inbox: Inbox, length: int) -> None:
+        self._inbox = inbox
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[StageBatch]:
+        for _ in range(self._length):
+            yield self._inbox.get()
+
+
+class StatefulStageLoader(StageLoader):
+    """Stands in for a data loader with a state, which is kept by the first stage."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the state is the first stage's."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: the first stage resumes, and sends what follows."""
+
+
+def _header(address: Address | None, tensors: Sequence[Tensor]) -> Tensor:
+    if address is None:
+        words = [_CLOSE]
+    else:
+        words = [_PHASES.index(address.phase), *address[1:], len(tensors)]
+        for tensor in tensors:
+            words += [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
+    return torch.tensor(words + [0] * (_HEADER_SIZE - len(words)), dtype=torch.int64)
+
+
+def _read_header(header: Tensor) -> tuple[Address | None, list[tuple[torch.dtype, list[int]]]]:
+    words = iter(header.tolist())
+    phase = next(words)
+    if phase == _CLOSE:
+        return None, []
+    address = Address(_PHASES[phase], next(words), next(words), next(words))
+    layouts = []
+    for _ in range(next(words)):
+        dtype, ndim = _DTYPES[next(words)], next(words)
+        layouts.append((dtype, [next(words) for _ in range(ndim)]))
+    return address, layouts
