@@ -2,6 +2,7 @@
 
 from lightning_dgl._version import __version__
 from lightning_dgl.callbacks import BlockSummary
+from lightning_dgl.distributed import RankFailedError
 from lightning_dgl.heads import CNNHead, LinearHead, MLPHead, MLPSRHead
 from lightning_dgl.module import DGLModule, NonFiniteLossError
 from lightning_dgl.schedules import Synchronous
@@ -17,6 +18,7 @@ __all__ = [
     "MLPHead",
     "MLPSRHead",
     "NonFiniteLossError",
+    "RankFailedError",
     "SplitError",
     "SplitPoint",
     "Synchronous",

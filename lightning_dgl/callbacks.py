@@ -20,8 +20,8 @@ class BlockSummary(Callback):
     """Prints a table of the blocks when training starts.
 
     For each block: its first and last layer, output shape, parameters, share of the network's forward FLOPs, its
-    auxiliary head with the head's FLOPs relative to the block's, and the device. A DGLModule adds it by itself
-    wherever Lightning shows its own ModelSummary (``Trainer(enable_model_summary=...)``).
+    auxiliary head with the head's FLOPs relative to the block's, and the device, or the ranks that train it. A
+    DGLModule adds it by itself wherever Lightning shows its own ModelSummary (``Trainer(enable_model_summary=...)``).
     """
 
     @override
@@ -41,7 +41,8 @@ def block_table(module: DGLModule) -> Table:
     table.add_column("Head", no_wrap=True)
     table.add_column("Head\nparams", justify="right", no_wrap=True)
     table.add_column("Head\nFLOPs", justify="right", no_wrap=True)
-    table.add_column("Device", no_wrap=True)
+    ranks = module.ranks_of_blocks()
+    table.add_column("Ranks" if ranks else "Device", no_wrap=True)
     total = sum(module.block_flops)
     for j, block in enumerate(module.blocks):
         if j < len(module.heads):
@@ -51,8 +52,9 @@ def block_table(module: DGLModule) -> Table:
         else:
             output, head = str(module.num_classes), ["-"] * 3
         device = next((str(p.device) for p in block.parameters()), "-")
+        where = ", ".join(map(str, ranks[j])) if ranks else device
         flops = _percent(module.block_flops[j], total)
-        table.add_row(str(j), module.block_names[j], output, _count(block), flops, *head, device)
+        table.add_row(str(j), module.block_names[j], output, _count(block), flops, *head, where)
     return table
 
 

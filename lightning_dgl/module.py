@@ -200,6 +200,10 @@ class DGLModule(LightningModule):
         head = self.heads[block] if block < len(self.heads) else nn.Identity()
         return [*own.tensors(), *head.parameters(), *head.buffers()]
 
+    def ranks_of_blocks(self) -> list[list[int]]:
+        """The ranks that train each block, where a Trainer runs on several; else an empty list."""
+        return [] if self._trainer is None else self._stage.ranks_of_blocks()
+
     # Scores
 
     def forward(self, x: Tensor, block: int | None = None) -> Tensor:

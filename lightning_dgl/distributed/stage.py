@@ -49,6 +49,10 @@ class Stage:
         """Whether other ranks train the same blocks, and average their gradients."""
         return dist.is_available() and dist.is_initialized()
 
+    def ranks_of_blocks(self) -> list[list[int]]:
+        """The ranks that train each block; an empty list where that is the only one, or every one."""
+        return []
+
     def hand_on(self, address: Address, tensors: Sequence[Tensor]) -> None:
         """Send what this stage makes of a batch to the next stage."""
 
@@ -124,6 +128,11 @@ class DistributedStage(Stage):
     @override
     def is_replicated(self) -> bool:
         return self.topology.num_replicas > 1
+
+    @override
+    def ranks_of_blocks(self) -> list[list[int]]:
+        columns = self.groups.mesh.mesh.T.tolist()
+        return [columns[stage] for stage, blocks in enumerate(self.assignment) for _ in blocks]
 
     @override
     def hand_on(self, address: Address, tensors: Sequence[Tensor]) -> None:
