@@ -20,8 +20,9 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ from lightning_dgl.distributed import (
     blocks_in_words,
     this_process,
 )
+from lightning_dgl.distributed.launcher import RankLauncher
 from lightning_dgl.distributed.signals import take_over
 from lightning_dgl.module import DGLModule
 from lightning_dgl.schedules import Schedule, make_schedule
@@ -163,7 +165,7 @@ class DGLStrategy(ParallelStrategy):
         if self._start_method == "popen":
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)
+            self._launcher = RankLauncher(self, start_method=self._start_method)
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -193,7 +195,7 @@ class DGLStrategy(ParallelStrategy):
             return
         self._check_stages()
         assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_global_rank(self.first_rank_of_node + self.local_rank)
         self.cluster_environment.set_world_size(self._num_ranks)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         super().setup_environment()
@@ -208,9 +210,27 @@ class DGLStrategy(ParallelStrategy):
                 f"num_blocks={num_stages} or more to DGLModule, or fewer devices."
             )
 
+    def _assignment(self) -> list[range]:
+        """The blocks of each stage, auxiliary heads counted in."""
+        module = self._module
+        costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
+        return assign_blocks(costs, self._num_ranks // self.data_parallel_size)
+
+    def rank_names(self) -> list[str]:
+        """How messages speak of each rank."""
+        stages = self._assignment() * self.data_parallel_size
+        return [f"Rank {rank} ({blocks_in_words(blocks)})" for rank, blocks in enumerate(stages)]
+
+    @property
+    def first_rank_of_node(self) -> int:
+        """The rank of the first process on this node."""
+        return self.node_rank * self.num_processes
+
     def _connect_ranks(self) -> None:
         device, module = self.root_device, self._module
-        backend = self._process_group_backend or ("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        backend = self._process_group_backend or ("gloo" if device.type == "cpu" else "nccl")
+        if backend != "gloo" and ":" not in backend:  # what ranks tell each other is in the host's memory
+            backend = f"cpu:gloo,{device.type}:{backend}"
         device_id: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
         assert self.cluster_environment is not None
         # A rank may take longer to start than it may keep others waiting afterwards.
@@ -218,23 +238,20 @@ class DGLStrategy(ParallelStrategy):
         _init_dist_connection(self.cluster_environment, backend, timeout=starting, **device_id)
         if self._groups is None:
             self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
-        topology = self._groups.topology
-        costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
-        blocks = assign_blocks(costs, topology.num_stages)
-        names = [f"Rank {r} ({blocks_in_words(blocks[r % topology.num_stages])})" for r in range(self._num_ranks)]
+        names = self.rank_names()
         store = dist.distributed_c10d._get_default_store()
         watchdog = Watchdog(
             store.clone(),
             self.global_rank,
             names,
             self._timeout.total_seconds(),
-            # Where this process's parent is Lightning's, or it is itself, only the first rank's error is seen.
-            is_loud=self.local_rank == 0 or isinstance(self._launcher, _MultiProcessingLauncher),
+            # Only the first process of a node shows an error, unless Lightning passes on that of each.
+            is_loud=self.local_rank == 0 or isinstance(self._launcher, RankLauncher),
             received_sigterm=lambda: module.trainer.received_sigterm,
             children=getattr(self._launcher, "procs", []) if self._start_method == "popen" else [],
         )
         self.stage = stage = DistributedStage(
-            blocks,
+            self._assignment(),
             self._groups,
             device,
             self._prefetch,
@@ -489,13 +506,21 @@ class DGLStrategy(ParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        stage, self.stage = self._distributed_stage, None
-        if stage is not None:
-            stage.watchdog.report(exception)
+        self.fail(exception)
         if self._launcher is not None:
             self._launcher.kill(signal.SIGKILL)
-        if stage is not None:
-            stage.abandon()
+
+    def fail(self, exception: BaseException) -> BaseException | None:
+        """Tell the other ranks of ``exception`` and leave them; returns the failure, as messages speak of it.
+
+        None if this process was told to end, or there are no other ranks.
+        """
+        stage, self.stage = self._distributed_stage, None
+        if stage is None:
+            return None
+        stage.watchdog.report(exception)
+        stage.abandon()
+        return None if isinstance(exception, SIGTERMException) else stage.watchdog.failure
 
     @override
     def teardown(self) -> None:

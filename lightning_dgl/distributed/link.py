@@ -75,7 +75,8 @@ class _End:
         self._peer = peer
         self._device = device
         self._on_accelerator = device.type != "cpu"
-        self._direct = any(d.type == device.type for d in group._device_types)
+        # gloo sends from the host's memory only
+        self._direct = not self._on_accelerator or f"{device.type}:gloo" not in dist.get_backend_config(group)
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=depth)
         self._watchdog = watchdog
         self._thread = threading.Thread(target=self._run_guarded, daemon=True, name=type(self).__name__)

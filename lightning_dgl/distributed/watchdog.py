@@ -7,6 +7,7 @@ that keeps the others waiting for too long is found: it does not wait itself, or
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -86,6 +87,7 @@ class Watchdog:
         self._main_thread = threading.get_ident()
         self._thread = threading.Thread(target=self._run, daemon=True, name="lightning_dgl watchdog")
         self._thread.start()
+        atexit.register(self.stop)  # a thread that is in torch when Python shuts down would crash the process
 
     # For the main thread
 
@@ -133,10 +135,13 @@ class Watchdog:
 
     def report(self, error: BaseException) -> None:
         """Tell the other ranks that this one fails, unless one has failed before; wait until they know."""
-        if self.failure is not None or isinstance(error, (RankFailedError, SystemExit)):
+        if self.failure is not None or isinstance(error, RankFailedError):
             return
-        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self._post(self._rank, f"{self._names[self._rank]} failed, and with it the run:\n\n{text}")
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        text = f"{self._names[self._rank]} failed, and with it the run:\n\n{trace}"
+        _, is_seen = self._post(self._rank, text)
+        self._is_loud |= not is_seen
+        self._fail(text)
         if hasattr(error, "add_note"):
             error.add_note(f"Raised on {self._names[self._rank]}.")
 
@@ -152,6 +157,7 @@ class Watchdog:
 
     def stop(self) -> None:
         """End the watch."""
+        atexit.unregister(self.stop)
         self._stopped.set()
         self._thread.join(timeout=1.0)
 
@@ -168,21 +174,21 @@ class Watchdog:
         """What to raise here when another rank fails: the one message, or nothing that is shown."""
         return RankFailedError(*failure.args) if self._is_loud else SystemExit(1)
 
-    def _post(self, rank: int, text: str) -> bool | None:
+    def _post(self, rank: int, text: str) -> tuple[bool, bool]:
         """Make the failure of ``rank`` known, if it is the first; wait until rank 0 knows it, which shows it.
 
-        Returns whether it is; None if the store does not answer.
+        Returns whether it is the first, as far as the store answers, and whether rank 0 knows it.
         """
         message = json.dumps({"rank": rank, "text": text})
 
-        def post() -> bool:
+        def post() -> tuple[bool, bool]:
             is_first = self._store.compare_set(_FAILURE, "", message).decode() == message
             deadline = time.monotonic() + _PATIENCE
             while self._rank != 0 and not self._store.check([_SEEN]) and time.monotonic() < deadline:
                 self._beat()
-            return is_first
+            return is_first, self._rank == 0 or self._store.check([_SEEN])
 
-        return self._ask(post, 2 * _PATIENCE)
+        return self._ask(post, 2 * _PATIENCE) or (True, False)
 
     def _hanging(self, what: str) -> BaseException:
         """The error of a wait that took too long; stops the rank that is to blame, if it runs on this host."""
@@ -200,14 +206,14 @@ class Watchdog:
                 f"{self._names[culprit]} hangs, and with it the run: {what}, for {self._timeout:g} s so far. If a step "
                 f"may take longer, raise DGLStrategy(timeout=...).{stack}"
             )
-        is_first = self._post(self._rank if culprit is None else culprit, text)
+        is_first, is_seen = self._post(self._rank if culprit is None else culprit, text)
+        self._is_loud |= is_first and (culprit == 0 or not is_seen)  # then rank 0 cannot show it
         if culprit is not None and self.processes:
             host, pid = self.processes[culprit]
             if host == socket.gethostname():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            if culprit == 0 and is_first is not False:
-                self._is_loud = True  # rank 0 cannot show it
+        self._fail(text)
         return self._own_error(RankFailedError(text))
 
     def _find_hanging(self) -> tuple[int | None, str]:
