@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
-import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
@@ -17,7 +16,7 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -31,7 +30,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgl._version import __version__
 from lightning_dgl.checks import check_choice
 from lightning_dgl.distributed import (
     AGREED,
@@ -49,6 +47,7 @@ from lightning_dgl.distributed import (
 from lightning_dgl.distributed.launcher import RankLauncher
 from lightning_dgl.distributed.signals import take_over
 from lightning_dgl.module import DGLModule
+from lightning_dgl.preconditions import check_same, check_trainer, fingerprint
 from lightning_dgl.schedules import Schedule, make_schedule
 
 
@@ -165,7 +164,7 @@ class DGLStrategy(ParallelStrategy):
         if self._start_method == "popen":
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = RankLauncher(self, start_method=self._start_method)
+            self._launcher = RankLauncher(self, self._start_method, self.fail, self._name_of_process)
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -195,7 +194,7 @@ class DGLStrategy(ParallelStrategy):
             return
         self._check_stages()
         assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.first_rank_of_node + self.local_rank)
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(self._num_ranks)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         super().setup_environment()
@@ -216,15 +215,13 @@ class DGLStrategy(ParallelStrategy):
         costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
         return assign_blocks(costs, self._num_ranks // self.data_parallel_size)
 
-    def rank_names(self) -> list[str]:
+    def _rank_names(self) -> list[str]:
         """How messages speak of each rank."""
         stages = self._assignment() * self.data_parallel_size
         return [f"Rank {rank} ({blocks_in_words(blocks)})" for rank, blocks in enumerate(stages)]
 
-    @property
-    def first_rank_of_node(self) -> int:
-        """The rank of the first process on this node."""
-        return self.node_rank * self.num_processes
+    def _name_of_process(self, local_rank: int) -> str:
+        return self._rank_names()[self.node_rank * self.num_processes + local_rank]
 
     def _connect_ranks(self) -> None:
         device, module = self.root_device, self._module
@@ -238,7 +235,7 @@ class DGLStrategy(ParallelStrategy):
         _init_dist_connection(self.cluster_environment, backend, timeout=starting, **device_id)
         if self._groups is None:
             self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
-        names = self.rank_names()
+        names = self._rank_names()
         store = dist.distributed_c10d._get_default_store()
         watchdog = Watchdog(
             store.clone(),
@@ -262,66 +259,8 @@ class DGLStrategy(ParallelStrategy):
         # Lightning takes values that are not reduced for ones that differ between ranks; ours are the same on all.
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('(train|val|test)/.*sync_dist=True")
         watchdog.processes = stage.gather(this_process())
-        self._check_same_everywhere(stage, names)
-        self._check_trainer(module.trainer)
-
-    def _check_same_everywhere(self, stage: DistributedStage, names: list[str]) -> None:
-        module, trainer = self._module, self._module.trainer
-        mine: dict[str, Any] = {
-            "lightning-dgl": __version__,
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "blocks": module.block_names,
-            "parameters": {name: (list(p.shape), str(p.dtype)) for name, p in module.named_parameters()},
-            "schedule": type(self.schedule).__name__,
-            "data_parallel_size": self.data_parallel_size,
-        }
-        flags = (
-            *("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "limit_train_batches"),
-            *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
-            *("val_check_interval", "check_val_every_n_epoch", "log_every_n_steps"),
-        )
-        mine |= {f"Trainer({flag})": getattr(trainer, flag) for flag in flags}
-        everyone = stage.gather(mine)
-        for rank, theirs in enumerate(everyone):
-            for what, value in theirs.items():
-                if value != everyone[0][what]:
-                    raise ValueError(
-                        f"The ranks were started differently: {what} is {_first_difference(value, everyone[0][what])} "
-                        f"on {names[rank]} and {_first_difference(everyone[0][what], value)} on {names[0]}. Start "
-                        "every rank with the same script, arguments and versions."
-                    )
-
-    def _check_trainer(self, trainer: Trainer) -> None:
-        """Refuse what cannot hold with blocks on several ranks."""
-        assert self.stage is not None
-        if self._layer_sync is not None and self.data_parallel_size > 1:
-            raise ValueError(
-                "sync_batchnorm=True is not supported with data_parallel_size > 1: BatchNorm counts what its own "
-                "replica sees. Pass sync_batchnorm=False."
-            )
-        if not self.stage.is_split:
-            return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in callbacks:
-            name = type(callback).__name__
-            if isinstance(callback, StochasticWeightAveraging) or name in ("WeightAveraging", "EMAWeightAveraging"):
-                raise ValueError(
-                    f"{name} averages the weights of the whole network, of which each rank holds some blocks only. "
-                    "Train on one device, or without it."
-                )
-            if isinstance(callback, BasePredictionWriter) and callback.interval.on_batch:
-                raise ValueError(
-                    f"{name} writes predictions batch by batch, but rank 0 has them at the end. Pass "
-                    "write_interval='epoch'."
-                )
-            monitor = getattr(callback, "monitor", None) or ""
-            if isinstance(callback, ModelCheckpoint) and monitor.startswith("train/") and callback._every_n_train_steps:
-                raise ValueError(
-                    f"ModelCheckpoint monitors {monitor!r} every {callback._every_n_train_steps} steps, but ranks know "
-                    "each other's training values at the end of an epoch. Monitor a val/ metric, or pass "
-                    "save_on_train_epoch_end=True instead of every_n_train_steps."
-                )
+        check_same(stage.gather(fingerprint(module, self.schedule, self.data_parallel_size)), names)
+        check_trainer(module.trainer, stage.is_split, stage.is_replicated)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -546,15 +485,6 @@ class _Replica(nn.Module):
 def _without_states(state: dict[str, Any], keep: range) -> dict[str, Any]:
     blocks = state.get("blocks", [])
     return {**state, "blocks": [own if j in keep else {**own, "state": {}} for j, own in enumerate(blocks)]}
-
-
-def _first_difference(value: Any, other: Any) -> Any:
-    """What to show of two values that differ: of dicts and lists, the first entry that does."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return next(({k: v} for k, v in value.items() if k not in other or other[k] != v), "less")
-    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
-        return next(v for v, o in zip(value, other, strict=True) if v != o)
-    return repr(value)
 
 
 StrategyRegistry.register("dgl", DGLStrategy, description="Decoupled greedy learning, synchronous schedule")

@@ -5,23 +5,38 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from typing_extensions import override
 
 from lightning_dgl.distributed.watchdog import RankFailedError
 
-if TYPE_CHECKING:
-    from lightning_dgl.strategy import DGLStrategy
-
 
 class RankLauncher(_MultiProcessingLauncher):
-    """Starts a process for each rank; if one fails, the error says which, and why."""
+    """Starts a process for each rank; if one fails, the error says which, and why.
 
-    _strategy: DGLStrategy  # type: ignore[assignment]
+    Args:
+        strategy: whose ranks they are.
+        start_method: how to start them.
+        on_failure: in a rank, what to do about an exception; returns the failure, as messages speak of it.
+        name_of: how messages speak of the process with this number on this node.
+    """
+
     _failure: Path
+
+    def __init__(
+        self,
+        strategy: ParallelStrategy,
+        start_method: Literal["spawn", "fork", "forkserver"],
+        on_failure: Callable[[BaseException], BaseException | None],
+        name_of: Callable[[int], str],
+    ) -> None:
+        super().__init__(strategy, start_method)
+        self._on_failure = on_failure
+        self._name_of = name_of
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
@@ -33,7 +48,7 @@ class RankLauncher(_MultiProcessingLauncher):
                 if self._failure.exists():
                     raise RankFailedError(self._failure.read_text()) from None
                 if isinstance(error, ProcessExitedException):
-                    name = self._strategy.rank_names()[self._strategy.first_rank_of_node + error.error_index]
+                    name = self._name_of(error.error_index)
                     raise RankFailedError(f"{name} has gone without a word, and with it the run: {error}.") from None
                 raise
 
@@ -42,8 +57,8 @@ class RankLauncher(_MultiProcessingLauncher):
         try:
             super()._wrapping_function(*args, **kwargs)
         except BaseException as error:
-            # As Lightning does in the process that has called the Trainer, which here is none of the ranks.
-            failure = self._strategy.fail(error)
+            # Lightning tells the strategy only in the process that has called the Trainer, which is none of the ranks.
+            failure = self._on_failure(error)
             if failure is not None and not self._failure.exists():
                 self._failure.write_text(str(failure))
             raise
