@@ -3,22 +3,116 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import socket
+import statistics
+import traceback
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_dgl.module import sgd
+
+T = TypeVar("T")
+
+# What the processes start with. torch.set_num_threads has the last word on threads. Freed memory is kept for the next
+# step: by default glibc returns every large tensor to the system, and getting its pages anew can be a third of a step.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 
-def quiet_trainer(**kwargs: Any) -> L.Trainer:
-    """A Trainer for one epoch on one device that prints and writes nothing."""
+class Backpropagation(L.LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return nn.functional.cross_entropy(self.network(inputs), targets)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd(self.parameters())
+
+
+def quiet_trainer(devices: int = 1, **kwargs: Any) -> L.Trainer:
+    """A Trainer for one epoch, by default on one device, that prints and writes nothing."""
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     return L.Trainer(
         max_epochs=1,
-        devices=1,
+        devices=devices,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **kwargs,
     )
+
+
+# Processes
+
+
+def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: Any) -> list[T]:
+    """What ``work(rank, *args)`` returns in each of ``num_ranks`` fresh processes with ``threads`` intra-op threads.
+
+    The processes know each other as Lightning's ranks do, and as ``init_process_group`` expects. They are forked from
+    one that has imported everything and computed nothing.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_dgl", "torch.distributed.pipelining"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ProcessPoolExecutor(num_ranks, mp_context=context) as pool:
+        ranks = [pool.submit(_work, rank, num_ranks, port, threads, work, *args) for rank in range(num_ranks)]
+        return [rank.result() for rank in ranks]
+
+
+def _work(rank: int, num_ranks: int, port: int, threads: int, work: Callable[..., T], *args: Any) -> T:
+    if num_ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        return work(rank, *args)
+    except BaseException:  # by ending this process, end the others, too: they would wait for it
+        traceback.print_exc()
+        os._exit(1)
+
+
+# Tables
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, smallest and largest of ``values``."""
+    middle, least, most = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} ({least}–{most})"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, all columns but the first aligned to the right; nothing if it has no rows."""
+    if not rows:
+        return ""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def publish(text: str, output: Path | None) -> None:
+    """Print ``text``, and write it to a file if there is to be one."""
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")

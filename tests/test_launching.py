@@ -1,0 +1,237 @@
+"""However ranks are started, they come to the weights of one process; what cannot work is refused on all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, StochasticWeightAveraging
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_dgl import DGLStrategy, Synchronous
+from tests.conftest import Backpropagation, loader, small_cnn, small_data
+from tests.jobs import Job, Outcome, by_hand, by_slurm, free_port, make_module, make_trainer, train
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    with Job(tmp_path) as job:
+        yield job
+
+
+# Ways to start ranks
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights that the same training comes to in one process."""
+    with Job(tmp_path_factory.mktemp("one_process")) as job:
+        job.start(train, devices=1)
+        (weights,) = job.wait().weights
+    return weights
+
+
+def assert_same_weights(outcome: Outcome, expected: list[str]) -> None:
+    assert set(outcome.codes) == {0}, outcome
+    assert outcome.left == [], outcome
+    assert outcome.weights == expected, outcome
+
+
+def test_ranks_started_by_running_the_script_again(job: Job, in_one_process: str) -> None:
+    job.start_script(start_method="popen")
+    assert_same_weights(job.wait(), [in_one_process] * 2)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork", "forkserver"])
+def test_ranks_started_by_multiprocessing(start_method: str, job: Job, in_one_process: str) -> None:
+    job.start(train, start_method=start_method)
+    # The process that has called the Trainer, which is none of the ranks, ends with what they have learnt.
+    assert_same_weights(job.wait(), [in_one_process])
+
+
+def test_ranks_started_by_torchrun(job: Job, in_one_process: str) -> None:
+    job.start_script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert_same_weights(job.wait(), [in_one_process] * 2)
+
+
+def test_ranks_started_by_torchrun_on_two_nodes(job: Job, in_one_process: str) -> None:
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job"]
+    for _ in range(2):
+        job.start_script(
+            *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting),
+            devices=1,
+            num_nodes=2,
+        )
+    assert_same_weights(job.wait(), [in_one_process] * 2)
+
+
+def test_ranks_started_by_slurm(job: Job, in_one_process: str) -> None:
+    job.start_ranks(train, by_slurm(2))
+    assert_same_weights(job.wait(), [in_one_process] * 2)
+
+
+@pytest.mark.parametrize(("devices", "num_nodes"), [(3, 1), (1, 3), (2, 2)])
+def test_ranks_started_by_hand(devices: int, num_nodes: int, job: Job, in_one_process: str) -> None:
+    num_ranks = devices * num_nodes
+    job.start_ranks(train, by_hand(num_ranks, num_nodes), devices=devices, num_nodes=num_nodes)
+    assert_same_weights(job.wait(), [in_one_process] * num_ranks)
+
+
+# What cannot work, with two ranks; as if each were on a node of its own, whose first rank says what is wrong
+
+
+def fit(
+    strategy: DGLStrategy | None = None, module: L.LightningModule | None = None, data: Any = None, **kwargs: Any
+) -> None:
+    trainer = make_trainer(strategy or DGLStrategy(timeout=60), **{"devices": 1, "num_nodes": 2} | kwargs)
+    trainer.fit(module or make_module(), loader() if data is None else data)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(small_data())
+
+
+class Writer(BasePredictionWriter):
+    pass
+
+
+def predict() -> None:
+    strategy = DGLStrategy(timeout=60)
+    make_trainer(strategy, devices=1, num_nodes=2, callbacks=[Writer("batch")]).predict(make_module(), loader())
+
+
+def fit_with_another_version(rank: int) -> None:
+    with mock.patch("lightning_dgl.preconditions.__version__", f"1.{rank}"):
+        fit()
+
+
+class OtherSchedule(Synchronous):
+    pass
+
+
+def replicas(count: int = 2) -> DGLStrategy:
+    return DGLStrategy(data_parallel_size=count, timeout=60)
+
+
+DIFFERENTLY = "The ranks were started differently: "
+
+
+def different(what: str, theirs: str, ours: str) -> str:
+    return rf"{DIFFERENTLY}{what} is {theirs} on Rank 1 \(.*\), and {ours} on Rank 0 \(.*\)\. Start every rank with"
+
+
+REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
+    "more stages than blocks": (
+        lambda rank: fit(module=make_module(split_at=[])),
+        "more stages than blocks: 2 ranks / data_parallel_size=1 make 2 stages, the module has 1 block",
+    ),
+    "another network": (
+        lambda rank: fit(module=make_module(network=small_cnn(num_classes=4 + rank))),
+        different("the network", r"network\.16\.weight: \(5, 16\), .*", r"network\.16\.weight: \(4, 16\), .*"),
+    ),
+    "another split": (
+        lambda rank: fit(module=make_module(split_at=["2", "10"] if rank else ["2", "6"])),
+        different("the list of blocks", r"\['0 to 2', '3 to 10', .*\]", r"\['0 to 2', '3 to 6', .*\]"),
+    ),
+    "another number of blocks": (
+        lambda rank: fit(module=make_module(split_at=["2", "6"] if rank else ["6"])),
+        rf"{DIFFERENTLY}the list of blocks is ",
+    ),
+    "another version": (fit_with_another_version, different("lightning-dgl", r"1\.1", r"1\.0")),
+    "another flag": (lambda rank: fit(max_epochs=2 + rank), different(r"Trainer\(max_epochs\)", "3", "2")),
+    "another schedule": (
+        lambda rank: fit(DGLStrategy(OtherSchedule() if rank else "sync", timeout=60)),
+        different("schedule", "OtherSchedule", "Synchronous"),
+    ),
+    "another data_parallel_size": (
+        lambda rank: fit(replicas(1 + rank)),
+        rf"{DIFFERENTLY}data_parallel_size is 2 on Rank 1 \(.*\), and 1 on Rank 0",
+    ),
+    "batches that are no pairs": (
+        lambda rank: fit(data=DataLoader(small_data().tensors[0], batch_size=8)),  # type: ignore[arg-type]
+        r"A batch must be a pair of tensors \(inputs, targets\), got Tensor",
+    ),
+    "a loader without length": (
+        lambda rank: fit(data=DataLoader(Stream(), batch_size=8)),
+        r"A data loader \(DataLoader\) has no length",
+    ),
+    "a loader of another length": (
+        lambda rank: fit(data=loader(40 + 8 * rank)),
+        r"The data loaders have different lengths, by rank: \[5, 6\] batches\. Every rank must have the same number",
+    ),
+    "a loader of another length, replicas": (
+        lambda rank: fit(replicas(), data=loader(40 + 8 * rank), use_distributed_sampler=False),
+        r"The data loaders have different lengths, by rank: \[5, 6\] batches\. .*use_distributed_sampler=True",
+    ),
+    "no DGLModule": (
+        lambda rank: fit(module=Backpropagation(small_cnn())),
+        r"DGLStrategy trains a DGLModule, got Backpropagation.*DGLModule\(",
+    ),
+    "saving by a training value at every step": (
+        lambda rank: fit(
+            callbacks=[ModelCheckpoint(monitor="train/loss", every_n_train_steps=1)], enable_checkpointing=True
+        ),
+        "ModelCheckpoint monitors 'train/loss' every 1 steps, but .*save_on_train_epoch_end=True",
+    ),
+    "averaged weights": (
+        lambda rank: fit(callbacks=[StochasticWeightAveraging(1e-2)]),
+        "StochasticWeightAveraging averages the weights of the whole network",
+    ),
+    "writing predictions batch by batch": (
+        lambda rank: predict(),
+        r"Writer writes predictions batch by batch, .*write_interval='epoch'",
+    ),
+    "synchronised BatchNorm": (
+        lambda rank: fit(replicas(), sync_batchnorm=True),
+        r"sync_batchnorm=True is not supported with data_parallel_size > 1: .*sync_batchnorm=False",
+    ),
+}
+
+
+def attempt(case: str) -> None:
+    act, _ = REFUSED[case]
+    act(int(os.environ["NODE_RANK"]))
+    print("done")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_on_every_rank(case: str, job: Job) -> None:
+    job.start_ranks(attempt, by_hand(2, num_nodes=2), case=case)
+    outcome = job.wait()
+    assert outcome.codes == [1, 1], outcome
+    assert outcome.left == [], outcome
+    for output in outcome.outputs:
+        assert re.search(REFUSED[case][1], output), outcome
+        assert "done" not in output
+
+
+# What is refused before there are ranks
+
+
+def test_devices_that_cannot_be_dealt_to_replicas() -> None:
+    message = r"devices × num_nodes \(3 × 1\) must be a multiple of data_parallel_size=2"
+    with pytest.raises(ValueError, match=message):
+        L.Trainer(accelerator="cpu", devices=3, strategy=DGLStrategy(data_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prefetch": 0}, "prefetch must be an integer of at least 1, got 0"),
+        ({"prefetch": 1.5}, r"prefetch must be an integer of at least 1, got 1\.5"),
+        ({"data_parallel_size": 0}, "data_parallel_size must be an integer of at least 1, got 0"),
+        ({"timeout": 0}, "timeout must be positive, got 0"),
+        ({"timeout": -1.5}, r"timeout must be positive, got -1\.5"),
+        ({"start_method": "thread"}, "start_method must be one of 'popen', .*got 'thread'"),
+    ],
+)
+def test_arguments_of_the_strategy(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DGLStrategy(**arguments)

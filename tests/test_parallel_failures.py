@@ -1,0 +1,330 @@
+"""Whatever becomes of one rank becomes of the whole job: it ends, with one message that names the rank and its blocks.
+
+No process is left, and the checkpoints that were saved before are whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+from lightning_dgl.distributed.signals import take_over
+from tests.jobs import PATIENCE, Job, Outcome, by_hand, by_slurm, train
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    with Job(tmp_path) as job:
+        yield job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Outcome]]:
+    """The same training in one process, where nothing fails."""
+    with Job(tmp_path_factory.mktemp("undisturbed")) as job:
+        job.start(train, devices=1)
+        yield job, job.wait()
+
+
+def start(job: Job, how: str, devices: int, **arguments: Any) -> None:
+    """Start ranks as Lightning does, which watches over its children, or without a parent in common."""
+    if how == "popen":
+        job.start_script(devices=devices, **arguments)
+    else:
+        job.start_ranks(train, by_hand(devices), devices=devices, **arguments)
+
+
+def assert_all_ended(outcome: Outcome) -> None:
+    assert 0 not in outcome.codes, outcome
+    assert outcome.left == [], outcome
+    assert outcome.weights == [], outcome
+
+
+def messages(outcome: Outcome) -> list[str]:
+    """The first line of each message that the watchdog has brought to the user."""
+    return re.findall(r"^(?:\[rank\d+\]: )?(?:\S*RankFailedError|Watchdog): (.*)", outcome.output, re.MULTILINE)
+
+
+def assert_checkpoint_is_whole(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    """The first epoch's checkpoint holds every block's weights and optimizer state, as that of one process does."""
+    for name in ("epoch=0.ckpt", "last.ckpt"):
+        saved, expected = (
+            torch.load(folder / "checkpoints" / file, weights_only=False)
+            for folder, file in ((job.folder, name), (undisturbed[0].folder, "epoch=0.ckpt"))
+        )
+        for part in (
+            lambda checkpoint: checkpoint["state_dict"],
+            lambda checkpoint: [block["state"] for block in checkpoint["optimizer_states"][0]["blocks"]],
+        ):
+            torch.testing.assert_close(part(saved), part(expected), rtol=0, atol=0)
+
+
+# One rank fails
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "name"), [("popen", 1, r"Rank 1 \(block 2\)"), ("hand", 2, r"Rank 2 \(block 3\)")]
+)
+def test_error_on_a_later_rank_is_shown_by_rank_0(
+    how: str, rank: int, name: str, job: Job, undisturbed: tuple[Job, Outcome]
+) -> None:
+    start(job, how, 3, fault="raise", on=rank)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    (message,) = messages(outcome)
+    assert re.match(f"{name} failed, and with it the run:", message)
+    # Rank 0's traceback, and within its message that of the rank that has failed, down to the line.
+    assert outcome.output.count("Traceback") == 2
+    assert outcome.output.count('raise ZeroDivisionError("the culprit")\n') == 1
+    assert outcome.output.count("ZeroDivisionError: the culprit\n") == 1
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+def test_error_on_rank_0_is_its_own(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    start(job, "popen", 2, fault="raise", on=0)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    assert messages(outcome) == []
+    assert outcome.output.count("Traceback") == 1
+    note = r"\n(\[rank0\]: )?Raised on Rank 0 \(blocks 0 to 1\)\." if sys.version_info >= (3, 11) else ""
+    assert re.search(f"ZeroDivisionError: the culprit{note}", outcome.output)
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_error_on_a_rank_is_raised_by_fit_in_the_process_that_has_started_it(
+    start_method: str, job: Job, undisturbed: tuple[Job, Outcome]
+) -> None:
+    job.start(train_and_catch, start_method=start_method, fault="raise", on=1)
+    outcome = job.wait()
+    assert outcome.codes == [0]  # the error was caught
+    assert outcome.left == []
+    caught = (job.folder / "caught").read_text()
+    assert "Rank 1 (blocks 2 to 3)" in caught
+    assert 'raise ZeroDivisionError("the culprit")\n' in caught
+    assert "ZeroDivisionError: the culprit\n" in caught
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+def train_and_catch(**arguments: Any) -> None:
+    try:
+        train(**arguments)
+    except Exception as error:
+        Path("caught").write_text("".join(traceback.format_exception_only(error)))
+
+
+@pytest.mark.parametrize(
+    ("how", "fault", "what"),
+    [
+        ("popen", "kill", r"\(signal SIGKILL\)"),
+        ("popen", "exit", r"\(exit code 3\)"),
+        ("hand", "kill", r"\(.*[Cc]onnection.*\)"),
+    ],
+)
+def test_rank_that_ends_without_a_word(
+    how: str, fault: str, what: str, job: Job, undisturbed: tuple[Job, Outcome]
+) -> None:
+    start(job, how, 3, fault=fault, on=1)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    (message,) = messages(outcome)
+    assert re.match(rf"Rank 1 \(block 2\) has gone without a word, and with it the run: .* {what}", message)
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "name"),
+    [
+        ("popen", 0, "Rank 0 (blocks 0 to 1)"),
+        ("popen", 1, "Rank 1 (blocks 2 to 3)"),
+        ("fork", 1, "Rank 1 (blocks 2 to 3)"),
+    ],
+)
+def test_rank_that_hangs_is_found_and_shown_with_what_it_does(
+    how: str, rank: int, name: str, job: Job, undisturbed: tuple[Job, Outcome]
+) -> None:
+    if how == "fork":
+        job.start(train, start_method="fork", fault="hang", on=rank, timeout=5)
+    else:
+        start(job, how, 2, fault="hang", on=rank, timeout=5)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    (message,) = messages(outcome)
+    assert message.startswith(f"{name} hangs, and with it the run: ")
+    assert message.endswith("It is here:")
+    assert outcome.output.count("time.sleep(10_000)  # this line is to be found in the message") == 1
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+def test_frozen_rank_is_found(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    start(job, "hand", 2, fault="freeze", on=1, timeout=5)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    assert outcome.codes[1] == -signal.SIGKILL
+    (message,) = messages(outcome)
+    assert message.startswith("Rank 1 (blocks 2 to 3) hangs, and with it the run: ")
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+def test_data_set_that_fails(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    start(job, "hand", 2, fault="break data", on=0)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    assert messages(outcome) == []
+    assert outcome.outputs[0].count("OSError: this sample cannot be read") == 1
+    assert "Traceback" not in outcome.outputs[1]
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+def test_loss_that_is_not_finite_on_a_later_rank(job: Job) -> None:
+    start(job, "hand", 2, fault="break loss", on=1, split_at=["6"])
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    (message,) = messages(outcome)
+    assert message.startswith("Rank 1 (block 1) failed, and with it the run:")
+    # The fourth batch of the second epoch.
+    assert re.search(r"NonFiniteLossError: The local loss of block 1 \(.*\) is nan at step 11\.", outcome.outputs[0])
+    assert "Traceback" not in outcome.outputs[1]
+
+
+# The user, or the cluster, ends the job
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["process", "group"])
+def test_interrupt_ends_every_rank(kill: Callable[[int, int], None], job: Job) -> None:
+    # A terminal's Ctrl-C goes to the group, a notebook's interrupt to the one process that it knows.
+    start(job, "popen", 2, fault="announce", on=1, max_epochs=10_000)
+    job.wait_for_file("training")
+    kill(job.pids[0], signal.SIGINT)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    assert "Detected KeyboardInterrupt" in outcome.output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_is_told_to_terminate_ends_every_rank(rank: int, job: Job) -> None:
+    # As if on two nodes, as each node's first rank says what has happened.
+    job.start_ranks(train, by_hand(2, num_nodes=2), devices=1, num_nodes=2, fault="terminate", on=rank)
+    outcome = job.wait()
+    assert outcome.codes[1 - rank] == 1  # that of the other is Lightning's, for a rank that has done as it was told
+    assert outcome.left == []
+    assert outcome.weights == []
+    (message,) = messages(outcome)
+    assert re.match(rf"Rank {rank} \(blocks \d to \d\) failed, and with it the run:", message)
+    assert "SIGTERMException" in outcome.outputs[1 - rank]
+
+
+# Ranks that do not do the same
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_stopped_on_one_rank_only_is_an_error(rank: int, job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    start(job, "hand", 2, fault="stop training", on=rank)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    assert "The ranks have come apart" in outcome.outputs[0]
+    assert "must do so on every rank" in outcome.outputs[0]
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+# After a failure
+
+
+def test_torchrun_restarts_a_crashed_job_which_goes_on_from_its_last_checkpoint(
+    job: Job, undisturbed: tuple[Job, Outcome]
+) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    job.start_script(*torchrun, fault="crash once", on=1, resume=True)
+    outcome = job.wait()
+    assert outcome.codes == [0], outcome
+    assert outcome.left == [], outcome
+    assert (job.folder / "crashed").exists()
+    assert outcome.weights == undisturbed[1].weights * 2, outcome
+
+
+@pytest.mark.parametrize("how", ["popen", "hand"])
+def test_saving_a_checkpoint_after_a_failure_is_refused(how: str, job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    start(job, how, 2, fault="raise", on=1, save_on_exception=True)
+    outcome = job.wait()
+    assert_all_ended(outcome)
+    assert "ZeroDivisionError: the culprit\n" in outcome.output
+    assert not (job.folder / "on_exception.ckpt").exists()
+    assert_checkpoint_is_whole(job, undisturbed)
+
+
+# What this rests on in Lightning
+
+
+def test_lightning_still_uses_what_is_replaced() -> None:
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    observer = subprocess_script._ChildProcessObserver(os.getpid(), [])
+    for owner, name, user in (
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", _TrainingEpochLoop.advance),
+        (trainer._signal_connector, "_sigterm_notifier_fn", _SignalConnector.register_signal_handlers),
+        (trainer._signal_connector, "_slurm_sigusr_handler_fn", _SignalConnector.register_signal_handlers),
+        (observer, "_child_processes", subprocess_script._ChildProcessObserver._run),
+    ):
+        assert hasattr(owner, name)
+        assert f"self.{name}" in inspect.getsource(user)
+    assert "_ChildProcessObserver(" in inspect.getsource(subprocess_script._launch_process_observer)
+    assert "_launch_process_observer(" in inspect.getsource(_SubprocessScriptLauncher.launch)
+    # Handlers are installed after they were replaced.
+    run = inspect.getsource(L.Trainer._run)
+    assert run.index("strategy.setup_environment()") < run.index("register_signal_handlers()")
+
+
+def test_what_is_replaced_no_longer_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(subprocess_script._ChildProcessObserver, "_terminate_all", lambda _: ended.append("all"))
+    monkeypatch.setattr(dist, "broadcast", lambda *_, **__: ended.append("broadcast"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    failed = SimpleNamespace(poll=lambda: 1, returncode=1, pid=0)
+    observer = subprocess_script._ChildProcessObserver(os.getpid(), [failed], sleep_period=1)  # type: ignore[list-item]
+    observer.start()
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    take_over(trainer)
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    trainer._signal_connector._sigterm_notifier_fn(signal.SIGTERM, None)  # type: ignore[arg-type]
+    observer.join(timeout=PATIENCE)
+    assert not observer.is_alive()
+    assert ended == []
+    assert trainer.received_sigterm
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_TrainingEpochLoop, "_broadcast_sigterm_tensor"),
+        (_SignalConnector, "_sigterm_notifier_fn"),
+        (_SignalConnector, "_slurm_sigusr_handler_fn"),
+    ],
+)
+def test_lightning_without_what_is_replaced(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in by_slurm(1)[0].items():
+        monkeypatch.setenv(variable, value)
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, plugins=[SLURMEnvironment()])
+    monkeypatch.delattr(owner, name)
+    message = (
+        rf"This version of Lightning has no {owner.__name__}\.{name}, which DGLStrategy replaces\. Install a version"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        take_over(trainer)
