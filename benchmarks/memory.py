@@ -25,22 +25,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import quiet_trainer
+from benchmarks.common import Backpropagation, quiet_trainer
 from lightning_dgl import DGLModule, DGLStrategy
-from lightning_dgl.module import sgd
-
-
-class Backpropagation(L.LightningModule):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        inputs, targets = batch
-        return nn.functional.cross_entropy(self.network(inputs), targets)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return sgd(self.parameters())
 
 
 class HeldBytes:
