@@ -96,4 +96,6 @@ def deliver(steps: Iterable[LocalStep], dense: bool = False) -> Tensor:
     parameters = [parameter for step in steps for parameter in step.parameters]
     if dense:
         gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+    if not parameters:
+        total.requires_grad_()
     return _Deliver.apply(total, gradients, *parameters)  # type: ignore[no-untyped-call]

@@ -174,7 +174,7 @@ class DGLModule(LightningModule):
         self._unused_parameters = self._parameters_in_no_block()
         self._random_streams: RandomStreams | None = None
         self._random_state: dict[str, Any] | None = None  # of a checkpoint, until training goes on from it
-        self._latest: dict[str, float] = {}  # training values of this rank's blocks
+        self._latest: dict[str, Tensor] = {}  # training values of this rank's blocks
 
     @property
     def num_blocks(self) -> int:
@@ -364,21 +364,21 @@ class DGLModule(LightningModule):
         if detailed and self._on_nonfinite == "skip":
             values |= {f"skipped_block{j}": torch.tensor(float(self._skipped[j])) for j in steps}
         shown = {name: value for name, value in values.items() if detailed or is_headline(name)}
-        if stage.is_split and detailed:
-            self._latest = {name: float(value) for name, value in shown.items()}
-            if not stage.is_first and self._logs_now():
-                stage.report(Report(self.global_step, self.current_epoch, self._latest))
+        if stage.is_split:
+            self._latest |= shown
+            if detailed and not stage.is_first and self._logs_now():
+                numbers = {f"train/{name}": float(value) for name, value in shown.items()}
+                stage.report(Report(self.global_step, numbers | {"epoch": self.current_epoch}))
         self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=len(targets))
-        reported = {name: torch.tensor(value) for name, value in self._log_reports().items()}
-        self._log_values("train", reported, on_step=True, on_epoch=False, logger=False)
+        for name, value in self._log_reports().items():
+            if name != "epoch":
+                self.log(name, value, prog_bar=is_headline(name), logger=False, on_step=True, on_epoch=False)
 
     def _log_reports(self) -> dict[str, float]:
         """Log what later stages have measured, under the step at which they did; returns the latest of it."""
         latest: dict[str, float] = {}
         for report in self._stage.reports():
-            values = {f"train/{name}": value for name, value in report.values.items()}
-            for logger in self.loggers:
-                logger.log_metrics({**values, "epoch": report.epoch}, step=report.step)
+            self.trainer._logger_connector.log_metrics(report.values, report.step)  # type: ignore[arg-type]
             latest |= report.values
         return latest
 
@@ -446,7 +446,7 @@ class DGLModule(LightningModule):
         """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
         stage = self._stage
         if stage.is_split:
-            values = {name: torch.tensor(value) for name, value in stage.merge(self._latest).items()}
+            values = stage.merge({name: value.cpu() for name, value in self._latest.items()})
             self._log_values("train", values, on_step=False, on_epoch=True, logger=False, **stage.log_options)
             self._log_reports()
 
@@ -543,7 +543,8 @@ class DGLModule(LightningModule):
         """Clip each block's gradients by themselves, so that a block's update does not depend on the others."""
         assert isinstance(optimizer, BlockOptimizer)
         for own in optimizer.optimizers:
-            self.clip_gradients(own, gradient_clip_val, gradient_clip_algorithm)
+            if any(p.grad is not None for group in own.param_groups for p in group["params"]):
+                self.clip_gradients(own, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def configure_callbacks(self) -> list[Callback]:

@@ -12,10 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-# Where there is no GPU, fake tensors make PyTorch act as if there were eight. Autograd then starts a thread for each,
-# and a process with these threads cannot fork ranks.
-torch._C._ensureCUDADeviceGuardSet = lambda: None
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-models", action="store_true", help="test every torchvision classification model")

@@ -533,7 +533,9 @@ class Keep(BasePredictionWriter):
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_every_rank_has_all_predictions(num_ranks: int, launch: Launch) -> None:
     def run(num_ranks: int, data: Any) -> list[Notes]:
-        act = lambda trainer: trainer.predict(make_module(), data, return_predictions=False)  # noqa: E731
+        def act(trainer: L.Trainer) -> None:
+            trainer.predict(make_module(), data, return_predictions=False)
+
         return launch(num_ranks, act, callbacks=[Keep()], limit_predict_batches=4).ranks
 
     for data in (loader(30), [loader(30), loader(12, 4)]):
@@ -774,7 +776,9 @@ class StopAt(L.Callback):
 
 def test_a_callback_may_stop_within_an_epoch(launch: Launch) -> None:
     def run(num_ranks: int) -> Run:
-        act = lambda trainer: fit(trainer, make_module(), (loader(38, shuffle=True), loader(20)))  # noqa: E731
+        def act(trainer: L.Trainer) -> None:
+            fit(trainer, make_module(), (loader(38, shuffle=True), loader(20)))
+
         return launch(num_ranks, act, callbacks=[StopAt(7)])
 
     one, several = run(1), run(3)
@@ -855,8 +859,11 @@ def test_a_stage_runs_ahead_of_the_next_by_a_bounded_number_of_batches(
 ) -> None:
     links = num_ranks - 1
     pace = Pace(num_ranks, at_least=links * (prefetch + 1))
-    launch_options: dict[str, Any] = {"max_epochs": 1, "prefetch": prefetch, "callbacks": [pace]}
-    run = launch(num_ranks, lambda trainer: fit(trainer, make_module(), (loader(200),)), **launch_options)
+
+    def act(trainer: L.Trainer) -> None:
+        fit(trainer, make_module(), (loader(200),))
+
+    run = launch(num_ranks, act, prefetch=prefetch, max_epochs=1, callbacks=[pace])
     (ahead,) = run.ranks[-1]["seen"]
     # On each link, batches wait in the receiver's queue; one each waits in the sender's queue and in either thread, and
     # one is being worked on.
@@ -1054,7 +1061,9 @@ def test_replicas_share_the_data_anew_in_each_epoch(launch: Launch) -> None:
 
 def test_replicas_predict_their_shares(launch: Launch) -> None:
     def run(num_ranks: int) -> list[Notes]:
-        act = lambda trainer: trainer.predict(make_plain_module(), loader(24, 4), return_predictions=False)  # noqa: E731
+        def act(trainer: L.Trainer) -> None:
+            trainer.predict(make_plain_module(), loader(24, 4), return_predictions=False)
+
         return launch(num_ranks, act, data_parallel_size=min(num_ranks, 2), callbacks=[Keep()]).ranks
 
     (one,), several = run(1), run(4)

@@ -56,6 +56,10 @@ class StageBatch:
         self.address = address
         self.tensors = tensors
 
+    def __iter__(self) -> Iterator[Tensor]:
+        """The tensors: Lightning looks there for the size of a batch."""
+        return iter(self.tensors)
+
     def expect(self, address: Address) -> None:
         """Raise RuntimeError unless this is the batch that this rank has come to."""
         if self.address != address:
@@ -149,11 +153,10 @@ class Outbox(_End):
             address, tensors, event = item
             if event is not None:
                 event.wait()
-            if not self._direct:
-                tensors = [tensor.cpu() for tensor in tensors]
+            tensors = [_dense(tensor if self._direct else tensor.cpu()) for tensor in tensors]
             self._send(_header(address, tensors))
             for tensor in tensors:
-                self._send(tensor.contiguous())
+                self._send(_flat(tensor))
             if self._on_accelerator:  # the tensors' memory may be used anew once they are sent
                 torch.get_device_module(self._device).current_stream().synchronize()
             del item, tensors
@@ -232,11 +235,10 @@ class Inbox(_End):
         address, layouts = _read_header(header)
         if address is None:
             return None
-        tensors = [
-            torch.empty(shape, dtype=dtype, device=self._device if self._direct else "cpu") for dtype, shape in layouts
-        ]
+        device = self._device if self._direct else "cpu"
+        tensors = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for dtype, shape, stride in layouts]
         for tensor in tensors:
-            dist.recv(tensor, self._peer, group=self._group)
+            dist.recv(_flat(tensor), self._peer, group=self._group)
         if not self._direct:
             tensors = [tensor.to(self._device) for tensor in tensors]
         if self._on_accelerator:
@@ -270,17 +272,28 @@ class StatefulStageLoader(StageLoader):
         """Do nothing: the first stage resumes, and sends what follows."""
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """``tensor`` in its own memory format, if it has one (channels_last, transposed), else a contiguous copy."""
+    order = sorted(range(tensor.ndim), key=lambda d: tensor.stride(d), reverse=True)
+    return tensor if tensor.permute(order).is_contiguous() else tensor.contiguous()
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The memory of a dense ``tensor``, as one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def _header(address: Address | None, tensors: Sequence[Tensor]) -> Tensor:
     if address is None:
         words = [_CLOSE]
     else:
         words = [_PHASES.index(address.phase), *address[1:], len(tensors)]
         for tensor in tensors:
-            words += [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
+            words += [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, *tensor.stride()]
     return torch.tensor(words + [0] * (_HEADER_SIZE - len(words)), dtype=torch.int64)
 
 
-def _read_header(header: Tensor) -> tuple[Address | None, list[tuple[torch.dtype, list[int]]]]:
+def _read_header(header: Tensor) -> tuple[Address | None, list[tuple[torch.dtype, list[int], list[int]]]]:
     words = iter(header.tolist())
     phase = next(words)
     if phase == _CLOSE:
@@ -289,5 +302,5 @@ def _read_header(header: Tensor) -> tuple[Address | None, list[tuple[torch.dtype
     layouts = []
     for _ in range(next(words)):
         dtype, ndim = _DTYPES[next(words)], next(words)
-        layouts.append((dtype, [next(words) for _ in range(ndim)]))
+        layouts.append((dtype, [next(words) for _ in range(ndim)], [next(words) for _ in range(ndim)]))
     return address, layouts

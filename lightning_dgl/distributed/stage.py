@@ -30,7 +30,6 @@ class Report(NamedTuple):
     """Training values that a later stage has measured, for the loggers of rank 0."""
 
     step: int
-    epoch: int
     values: dict[str, float]
 
 

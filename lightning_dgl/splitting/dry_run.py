@@ -100,6 +100,15 @@ def preserved_state(network: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+class _FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """As it is, but for one thing: where there is no GPU, the original makes PyTorch act as if there were eight.
+
+    Autograd then starts a thread for each, and a process with these threads cannot fork ranks.
+    """
+
+    avoid_device_init = property(lambda self: False, lambda self, value: None)
+
+
 class FakeRun:
     """A context in which the network runs on fake tensors: shapes are exact, nothing is computed or changed.
 
@@ -108,7 +117,7 @@ class FakeRun:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = _FakeMode(allow_non_fake_inputs=True)
         self._network = network
         self._fakes: dict[int, Tensor] = {}
 
