@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -108,14 +109,16 @@ _FAULTS: dict[str, Callable[[L.Trainer], object]] = {
 
 
 class Fault(L.Callback):
-    """Lets one rank do one thing wrong at the fourth batch of the second epoch."""
+    """Lets one rank do one thing wrong in the second epoch: in ``hook``, and there where the fourth batch is met."""
 
-    def __init__(self, what: str, rank: int) -> None:
-        self._act, self._rank = _FAULTS[what], rank
+    def __init__(self, what: str, rank: int, hook: str) -> None:
+        self._what, self._rank, self._hook = what, rank, hook
+        setattr(self, hook, self._strike)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def _strike(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
+        batch_idx = arguments[1] if self._hook == "on_train_batch_start" else 3
         if (trainer.global_rank, trainer.current_epoch, batch_idx) == (self._rank, 1, 3):
-            self._act(trainer)
+            _FAULTS[self._what](trainer)
 
 
 def make_module(**kwargs: Any) -> Module:
@@ -150,9 +153,11 @@ def weights_of(module: nn.Module) -> str:
 def train(
     fault: str | None = None,
     on: int = 0,
+    hook: str = "on_train_batch_start",
     *,
     devices: int = 2,
     num_nodes: int = 1,
+    data_parallel_size: int = 1,
     max_epochs: int = 2,
     start_method: Any = "popen",
     timeout: float = 60,
@@ -166,12 +171,12 @@ def train(
     """
     L.seed_everything(3, verbose=False)
     trainer = make_trainer(
-        DGLStrategy(start_method=start_method, timeout=timeout),
+        DGLStrategy(data_parallel_size=data_parallel_size, start_method=start_method, timeout=timeout),
         devices=devices,
         num_nodes=num_nodes,
         max_epochs=max_epochs,
         callbacks=[
-            *([] if fault is None else [Fault(fault, on)]),
+            *([] if fault is None else [Fault(fault, on, hook)]),
             *([OnExceptionCheckpoint(os.getcwd())] if save_on_exception else []),
             ModelCheckpoint("checkpoints", "{epoch}", save_top_k=-1, save_last=True),
         ],
@@ -211,9 +216,12 @@ def by_slurm(num_ranks: int) -> list[dict[str, str]]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below those that systems hand out by themselves, one of which would be taken before it is used."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -272,7 +280,7 @@ class Job:
             process = subprocess.Popen(
                 [sys.executable, *launcher, __file__, json.dumps(arguments)],
                 cwd=self.folder,
-                env=_environment(),
+                env=_environment() | {"MASTER_PORT": str(free_port())},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -289,7 +297,14 @@ class Job:
     def start(self, function: Callable[..., None], environment: dict[str, str] | None = None, **arguments: Any) -> None:
         """Call ``function`` in a process that has imported everything already, which takes seconds."""
         process = _context().Process(
-            target=_call, args=(function, arguments, self.folder, self._next_output(), environment or {})
+            target=_call,
+            args=(
+                function,
+                arguments,
+                self.folder,
+                self._next_output(),
+                environment or {"MASTER_PORT": str(free_port())},
+            ),
         )
         process.start()
 

@@ -38,9 +38,9 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def assert_same_weights(outcome: Outcome, expected: list[str]) -> None:
-    assert set(outcome.codes) == {0}, outcome
-    assert outcome.left == [], outcome
-    assert outcome.weights == expected, outcome
+    assert set(outcome.codes) == {0}, str(outcome)
+    assert outcome.left == [], str(outcome)
+    assert outcome.weights == expected, str(outcome)
 
 
 def test_ranks_started_by_running_the_script_again(job: Job, in_one_process: str) -> None:
@@ -205,10 +205,10 @@ def attempt(case: str) -> None:
 def test_what_cannot_work_is_refused_on_every_rank(case: str, job: Job) -> None:
     job.start_ranks(attempt, by_hand(2, num_nodes=2), case=case)
     outcome = job.wait()
-    assert outcome.codes == [1, 1], outcome
-    assert outcome.left == [], outcome
+    assert outcome.codes == [1, 1], str(outcome)
+    assert outcome.left == [], str(outcome)
     for output in outcome.outputs:
-        assert re.search(REFUSED[case][1], output), outcome
+        assert re.search(REFUSED[case][1], output), str(outcome)
         assert "done" not in output
 
 
