@@ -233,9 +233,13 @@ class DGLStrategy(ParallelStrategy):
         # A rank may take longer to start than it may keep others waiting afterwards.
         starting = max(self._timeout, default_pg_timeout)
         _init_dist_connection(self.cluster_environment, backend, timeout=starting, **device_id)
+        names = self._rank_names()
+        mine = (fingerprint(module, self.schedule, self.data_parallel_size), this_process())
+        everyones: list[Any] = [None] * self._num_ranks
+        dist.all_gather_object(everyones, mine)  # before ranks that differ make groups that differ, and hang
+        check_same([fingerprint for fingerprint, _ in everyones], names)
         if self._groups is None:
             self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
-        names = self._rank_names()
         store = dist.distributed_c10d._get_default_store()
         watchdog = Watchdog(
             store.clone(),
@@ -258,8 +262,7 @@ class DGLStrategy(ParallelStrategy):
         take_over(module.trainer)
         # Lightning takes values that are not reduced for ones that differ between ranks; ours are the same on all.
         warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('(train|val|test)/.*sync_dist=True")
-        watchdog.processes = stage.gather(this_process())
-        check_same(stage.gather(fingerprint(module, self.schedule, self.data_parallel_size)), names)
+        watchdog.processes = [process for _, process in everyones]
         check_trainer(module.trainer, stage.is_split, stage.is_replicated)
 
     @override

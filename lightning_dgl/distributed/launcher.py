@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
@@ -26,6 +27,7 @@ class RankLauncher(_MultiProcessingLauncher):
     """
 
     _failure: Path
+    _random_states: dict[str, Any]
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class RankLauncher(_MultiProcessingLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        self._random_states = _collect_rng_states(include_cuda=False)
         with tempfile.TemporaryDirectory() as folder:
             self._failure = Path(folder) / "failure"
             try:
@@ -54,6 +57,8 @@ class RankLauncher(_MultiProcessingLauncher):
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        if self._start_method == "forkserver":  # the other methods hand on the random state by themselves
+            _set_rng_states(self._random_states)
         try:
             super()._wrapping_function(*args, **kwargs)
         except BaseException as error:
