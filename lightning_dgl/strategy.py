@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import warnings
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -141,6 +144,10 @@ class DGLStrategy(ParallelStrategy):
         return self.num_processes * self.num_nodes
 
     @property
+    def _num_stages(self) -> int:
+        return self._num_ranks // self.data_parallel_size
+
+    @property
     def is_distributed(self) -> bool:
         """Whether Lightning is to deal the data to replicas."""
         return self.data_parallel_size > 1
@@ -148,8 +155,7 @@ class DGLStrategy(ParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        num_stages = self._num_ranks // self.data_parallel_size
-        return {"num_replicas": self.data_parallel_size, "rank": self.global_rank // num_stages}
+        return {"num_replicas": self.data_parallel_size, "rank": self.global_rank // self._num_stages}
 
     @override
     def _configure_launcher(self) -> None:
@@ -192,7 +198,6 @@ class DGLStrategy(ParallelStrategy):
             super().setup_environment()
             self.stage = Stage(range(self._module.num_blocks))
             return
-        self._check_stages()
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(self._num_ranks)
@@ -201,22 +206,23 @@ class DGLStrategy(ParallelStrategy):
         self._connect_ranks()
 
     def _check_stages(self) -> None:
-        num_stages, num_blocks = self._num_ranks // self.data_parallel_size, self._module.num_blocks
-        if num_stages > num_blocks:
+        if self._num_stages > self._module.num_blocks:
             raise ValueError(
                 f"There are more stages than blocks: {self._num_ranks} ranks / data_parallel_size="
-                f"{self.data_parallel_size} make {num_stages} stages, the module has {num_blocks} block(s). Pass "
-                f"num_blocks={num_stages} or more to DGLModule, or fewer devices."
+                f"{self.data_parallel_size} make {self._num_stages} stages, the module has {self._module.num_blocks} "
+                f"block(s). Pass num_blocks={self._num_stages} or more to DGLModule, or fewer devices."
             )
 
     def _assignment(self) -> list[range]:
         """The blocks of each stage, auxiliary heads counted in."""
         module = self._module
         costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
-        return assign_blocks(costs, self._num_ranks // self.data_parallel_size)
+        return assign_blocks(costs, self._num_stages)
 
     def _rank_names(self) -> list[str]:
         """How messages speak of each rank."""
+        if self._num_stages > self._module.num_blocks:
+            return [f"Rank {rank}" for rank in range(self._num_ranks)]
         stages = self._assignment() * self.data_parallel_size
         return [f"Rank {rank} ({blocks_in_words(blocks)})" for rank, blocks in enumerate(stages)]
 
@@ -228,16 +234,21 @@ class DGLStrategy(ParallelStrategy):
         backend = self._process_group_backend or ("gloo" if device.type == "cpu" else "nccl")
         if backend != "gloo" and ":" not in backend:  # what ranks tell each other is in the host's memory
             backend = f"cpu:gloo,{device.type}:{backend}"
-        device_id: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
-        assert self.cluster_environment is not None
+        options: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
         # A rank may take longer to start than it may keep others waiting afterwards.
-        starting = max(self._timeout, default_pg_timeout)
-        _init_dist_connection(self.cluster_environment, backend, timeout=starting, **device_id)
+        options["timeout"] = max(self._timeout, default_pg_timeout)
+        if dist.is_torchelastic_launched() and not dist.is_initialized():
+            # torchrun restarts ranks with the same store, where those of the last attempt have left their addresses.
+            store, _, _ = next(rendezvous("env://", self.global_rank, self._num_ranks, timeout=options["timeout"]))
+            options["store"] = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        assert self.cluster_environment is not None
+        _init_dist_connection(self.cluster_environment, backend, **options)
         names = self._rank_names()
         mine = (fingerprint(module, self.schedule, self.data_parallel_size), this_process())
         everyones: list[Any] = [None] * self._num_ranks
         dist.all_gather_object(everyones, mine)  # before ranks that differ make groups that differ, and hang
         check_same([fingerprint for fingerprint, _ in everyones], names)
+        self._check_stages()
         if self._groups is None:
             self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
         store = dist.distributed_c10d._get_default_store()
@@ -292,8 +303,8 @@ class DGLStrategy(ParallelStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.data_parallel_size == 1 or self._module.trainer.state.fn != TrainerFn.FITTING:
             return model
-        assert self.stage is not None
-        replica = _Replica(self._module, self.stage.blocks)
+        assert self._distributed_stage is not None
+        replica = _Replica(self._module, self._distributed_stage)
         if not any(p.requires_grad for p in replica.parameters()):
             return model
         device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
@@ -334,7 +345,9 @@ class DGLStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if not isinstance(self.model, DistributedDataParallel):
             return super().training_step(*args, **kwargs)
-        with self.precision_plugin.train_step_context():
+        assert self._distributed_stage is not None
+        collective = self._distributed_stage.watchdog.collective("to start a step with equal buffers")
+        with self.precision_plugin.train_step_context(), collective:
             return self.model(*args, **kwargs)
 
     @override
@@ -475,14 +488,16 @@ class DGLStrategy(ParallelStrategy):
 class _Replica(nn.Module):
     """A stage as DistributedDataParallel wants it: a module with this stage's parameters and buffers only."""
 
-    def __init__(self, module: DGLModule, blocks: range) -> None:
+    def __init__(self, module: DGLModule, stage: DistributedStage) -> None:
         super().__init__()
         self.__dict__["_training_step"] = module.training_step  # not registered: it has the other blocks, too
-        self._blocks = nn.ModuleList(module.blocks[j] for j in blocks)
-        self._heads = nn.ModuleList(module.heads[j] for j in blocks if j < len(module.heads))
+        self._at_work = stage.watchdog.at_work
+        self._blocks = nn.ModuleList(module.blocks[j] for j in stage.blocks)
+        self._heads = nn.ModuleList(module.heads[j] for j in stage.blocks if j < len(module.heads))
 
     def forward(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        return self.__dict__["_training_step"](*args, **kwargs)
+        with self._at_work():
+            return self.__dict__["_training_step"](*args, **kwargs)
 
 
 def _without_states(state: dict[str, Any], keep: range) -> dict[str, Any]:

@@ -144,6 +144,10 @@ REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
         lambda rank: fit(module=make_module(split_at=["2", "6"] if rank else ["6"])),
         rf"{DIFFERENTLY}the list of blocks is ",
     ),
+    "too few blocks on one rank": (
+        lambda rank: fit(module=make_module(split_at=[] if rank else ["2", "6"])),
+        rf"{DIFFERENTLY}the list of blocks is \['0 to 16'\] on Rank 1",
+    ),
     "another version": (fit_with_another_version, different("lightning-dgl", r"1\.1", r"1\.0")),
     "another flag": (lambda rank: fit(max_epochs=2 + rank), different(r"Trainer\(max_epochs\)", "3", "2")),
     "another schedule": (

@@ -254,6 +254,7 @@ class DistributedStage(Stage):
 
     def abandon(self) -> None:
         """Leave the other ranks after a failure; a rank that has nothing to say about it ends here."""
+        self.watchdog.await_others()
         if self.watchdog.is_silent:
             sys.stdout.flush()
             sys.stderr.flush()

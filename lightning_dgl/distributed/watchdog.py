@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -79,6 +80,8 @@ class Watchdog:
         self._received_sigterm = received_sigterm
         self._children = children
         self._lost: tuple[int, BaseException, float] | None = None
+        self._failed_rank = rank
+        self._own: BaseException | None = None
         self._failed_at = 0.0
         self._waiting = 0
         self._beats = 0
@@ -113,37 +116,60 @@ class Watchdog:
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """Within this context all ranks meet, for ``what``; a failure to do so becomes the failure behind it."""
+        """Within this context ranks meet, for ``what``; a failure to do so becomes the failure behind it."""
         self.check()
         self._waiting += 1
         began = time.monotonic()
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, RankFailedError):
+            if isinstance(error, RankFailedError) or error is self._own:
                 raise
             if time.monotonic() - began >= self._timeout:
                 raise self._hanging(f"{self._names[self._rank]} waits for the others, {what}") from None
-            deadline = time.monotonic() + _PATIENCE
-            while self.failure is None and time.monotonic() < deadline:
-                time.sleep(0.05)
+            self._ask(partial(self._find_gone, error), 2 * _PATIENCE)
             if self.failure is None:
                 raise
             raise self._own_error(self.failure) from None
         finally:
             self._waiting -= 1
 
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Within this context, inside that of a collective, this rank does not meet the others but works by itself."""
+        self._waiting -= 1
+        try:
+            yield
+        except BaseException as error:
+            self._own = error
+            raise
+        finally:
+            self._waiting += 1
+
     def report(self, error: BaseException) -> None:
-        """Tell the other ranks that this one fails, unless one has failed before; wait until they know."""
+        """Tell the other ranks that this one fails, unless one has failed before; wait until rank 0 knows."""
         if self.failure is not None or isinstance(error, RankFailedError):
             return
         trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         text = f"{self._names[self._rank]} failed, and with it the run:\n\n{trace}"
         _, is_seen = self._post(self._rank, text)
         self._is_loud |= not is_seen
-        self._fail(text)
+        self._fail(self._rank, text)
         if hasattr(error, "add_note"):
             error.add_note(f"Raised on {self._names[self._rank]}.")
+
+    def await_others(self) -> None:
+        """After a failure: rank 0, with which the store may go, waits until the others know which failure it is."""
+        if self.failure is None or self._rank != 0:
+            return
+
+        def wait() -> None:
+            others = [f"{_SEEN}/{rank}" for rank in range(1, len(self._names)) if rank != self._failed_rank]
+            deadline = time.monotonic() + _PATIENCE
+            while others and not self._store.check(others) and time.monotonic() < deadline:
+                self._beat()
+
+        self._ask(wait, 2 * _PATIENCE)
 
     @property
     def is_silent(self) -> bool:
@@ -184,9 +210,9 @@ class Watchdog:
         def post() -> tuple[bool, bool]:
             is_first = self._store.compare_set(_FAILURE, "", message).decode() == message
             deadline = time.monotonic() + _PATIENCE
-            while self._rank != 0 and not self._store.check([_SEEN]) and time.monotonic() < deadline:
+            while self._rank != 0 and not self._store.check([f"{_SEEN}/0"]) and time.monotonic() < deadline:
                 self._beat()
-            return is_first, self._rank == 0 or self._store.check([_SEEN])
+            return is_first, self._rank == 0 or self._store.check([f"{_SEEN}/0"])
 
         return self._ask(post, 2 * _PATIENCE) or (True, False)
 
@@ -206,22 +232,34 @@ class Watchdog:
                 f"{self._names[culprit]} hangs, and with it the run: {what}, for {self._timeout:g} s so far. If a step "
                 f"may take longer, raise DGLStrategy(timeout=...).{stack}"
             )
-        is_first, is_seen = self._post(self._rank if culprit is None else culprit, text)
+        to_blame = self._rank if culprit is None else culprit
+        is_first, is_seen = self._post(to_blame, text)
         self._is_loud |= is_first and (culprit == 0 or not is_seen)  # then rank 0 cannot show it
         if culprit is not None and self.processes:
             host, pid = self.processes[culprit]
             if host == socket.gethostname():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        self._fail(text)
+        self._fail(to_blame, text)
         return self._own_error(RankFailedError(text))
+
+    def _find_gone(self, error: BaseException) -> None:
+        """A collective has broken down: wait for the one who left to say why; if nobody does, find who is silent."""
+        before = self._pulses()
+        deadline = time.monotonic() + _PATIENCE
+        while self.failure is None and time.monotonic() < deadline:
+            self._beat()
+            self._look_for_failure()
+        if self.failure is None and (stopped := self._stopped_between(before, self._pulses())):
+            self._post_gone(stopped[0], error)
+            self._look_for_failure()
 
     def _find_hanging(self) -> tuple[int | None, str]:
         before = self._pulses()
         self._beat(times=4)
         after = self._pulses()
         ranks = [rank for rank in range(len(self._names)) if rank != self._rank]
-        stopped = [rank for rank in ranks if before[rank].split()[0] == after[rank].split()[0]]
+        stopped = self._stopped_between(before, after)
         busy = [rank for rank in ranks if all(pulse[rank].endswith(" 0") for pulse in (before, after))]
         culprit = next(iter(stopped + busy), None)
         if culprit is None or culprit in stopped:
@@ -231,6 +269,14 @@ class Watchdog:
         key = f"lightning_dgl/stack/{culprit}"
         stack = self._store.get(key).decode() if self._store.check([key]) else ""
         return culprit, f" It is here:\n\n{stack}"
+
+    def _stopped_between(self, before: list[str], after: list[str]) -> list[int]:
+        """The ranks whose hearts have not beaten."""
+        return [
+            rank
+            for rank, (then, now) in enumerate(zip(before, after, strict=True))
+            if rank != self._rank and then.split()[0] == now.split()[0]
+        ]
 
     def _pulses(self) -> list[str]:
         keys = [f"lightning_dgl/pulse/{rank}" for rank in range(len(self._names))]
@@ -242,8 +288,10 @@ class Watchdog:
         done = threading.Event()
 
         def run() -> None:
-            answer.append(task())
-            done.set()
+            try:
+                answer.append(task())
+            finally:
+                done.set()
 
         self._tasks.put(run)
         done.wait(patience)
@@ -267,8 +315,9 @@ class Watchdog:
             except queue.Empty:
                 pass
             except RuntimeError as error:  # the store's host does not answer
-                if not self._stopped.is_set():
-                    self._fail(self._gone(0, error))
+                if self.failure is None and not self._stopped.is_set():
+                    self._is_loud |= self._rank == 1  # in rank 0's place
+                    self._fail(0, self._gone(0, error))
                 time.sleep(self.interval)
             if self.failure is not None and time.monotonic() - self._failed_at > _GRACE:
                 self._leave()
@@ -283,17 +332,18 @@ class Watchdog:
             self._store.set(f"lightning_dgl/stack/{self._rank}", "".join(traceback.format_stack(frame)))
         if self._store.check([_FAILURE]):
             failure = json.loads(self._store.get(_FAILURE))
-            if self._rank == 0:
-                self._store.set(_SEEN, "")
-            self._fail(failure["text"])
+            self._store.set(f"{_SEEN}/{self._rank}", "")
+            self._fail(failure["rank"], failure["text"])
         elif self._lost is not None and time.monotonic() - self._lost[2] > self.interval * (3 if self._children else 8):
             # The one that has launched the lost rank knows more, and speaks first.
-            peer, error, _ = self._lost
-            self._store.compare_set(_FAILURE, "", json.dumps({"rank": peer, "text": self._gone(peer, error)}))
+            self._post_gone(*self._lost[:2])
         else:
             for i, child in enumerate(self._children):
                 if child.poll():  # neither running nor finished well
                     self.lost(self._rank + 1 + i, RuntimeError(_exit_in_words(child.returncode)))
+
+    def _post_gone(self, peer: int, error: BaseException) -> None:
+        self._store.compare_set(_FAILURE, "", json.dumps({"rank": peer, "text": self._gone(peer, error)}))
 
     def _gone(self, peer: int, error: BaseException) -> str:
         how = str(error)
@@ -305,8 +355,9 @@ class Watchdog:
             f"crashed ({how})."
         )
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, rank: int, text: str) -> None:
         if self.failure is None:
+            self._failed_rank = rank
             self._failed_at = time.monotonic()
             self.failure = RankFailedError(text)
 
