@@ -64,11 +64,11 @@ def quiet_trainer(devices: int = 1, **kwargs: Any) -> L.Trainer:
 # Processes
 
 
-def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: Any) -> list[T]:
+def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: Any, together: bool = True) -> list[T]:
     """What ``work(rank, *args)`` returns in each of ``num_ranks`` fresh processes with ``threads`` intra-op threads.
 
-    The processes know each other as Lightning's ranks do, and as ``init_process_group`` expects. They are forked from
-    one that has imported everything and computed nothing.
+    The processes know each other as Lightning's ranks do, and as ``init_process_group`` expects, if they work
+    ``together``. They are forked from one that has imported everything and computed nothing.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -78,12 +78,13 @@ def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: An
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(num_ranks, mp_context=context) as pool:
-        ranks = [pool.submit(_work, rank, num_ranks, port, threads, work, *args) for rank in range(num_ranks)]
+        meeting_port = port if together and num_ranks > 1 else None
+        ranks = [pool.submit(_work, rank, meeting_port, threads, work, *args) for rank in range(num_ranks)]
         return [rank.result() for rank in ranks]
 
 
-def _work(rank: int, num_ranks: int, port: int, threads: int, work: Callable[..., T], *args: Any) -> T:
-    if num_ranks > 1:
+def _work(rank: int, port: int | None, threads: int, work: Callable[..., T], *args: Any) -> T:
+    if port is not None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -11,6 +11,8 @@ micro-batches:
   ``accumulate_grad_batches=M`` on batches of ``--batch-size`` / M.
 - ``backprop``: end-to-end backpropagation, no heads, under Trainer; on 2 ranks Lightning's DDP, each rank on half of
   the batch.
+- ``apart``: two processes of ``dgl-1x1`` at the same time that know nothing of each other, their samples per second
+  added: what the machine gives two busy processes, and so the most that two ranks can reach.
 - ``gpipe``, ``1f1b``: ``torch.distributed.pipelining`` in a bare loop; a stage is a block, without a head.
 
 Each run has fresh processes, and repeats are interleaved: every method once, then every method again. A rank's time is
@@ -69,7 +71,7 @@ class Setup:
 
     @classmethod
     def parse(cls, name: str, **how: int) -> Setup:
-        match = re.fullmatch(r"(dgl|backprop|gpipe|1f1b)-([12])x(\d+)(?:-m(\d+))?", name)
+        match = re.fullmatch(r"(dgl|apart|backprop|gpipe|1f1b)-([12])x(\d+)(?:-m(\d+))?", name)
         if match is None:
             raise SystemExit(f"A method is KIND-RANKSxTHREADS or KIND-RANKSxTHREADS-mM, see --help; got {name!r}.")
         kind, ranks, threads, micro_batches = match[1], int(match[2]), int(match[3]), int(match[4] or 1)
@@ -180,14 +182,16 @@ def train(rank: int, setup: Setup) -> Reading:
         return train_pipeline(rank, setup)
     module: L.LightningModule
     strategy: str | DGLStrategy
-    if setup.kind == "dgl":
+    devices = setup.ranks
+    if setup.kind in ("dgl", "apart"):
         module, strategy, batches_a_step = dgl_module(setup), DGLStrategy(timeout=300), setup.micro_batches
+        devices = 1 if setup.kind == "apart" else devices
     else:
         module = Backpropagation(network(setup.blocks, setup.channels))
         strategy, batches_a_step = ("ddp", setup.ranks) if setup.ranks > 1 else ("auto", 1)
     clock = Clock(setup)
     trainer = quiet_trainer(
-        devices=setup.ranks,
+        devices=devices,
         strategy=strategy,
         accelerator="cpu",
         accumulate_grad_batches=setup.micro_batches,
@@ -260,7 +264,8 @@ class Results:
 
     def samples_per_second(self, name: str) -> list[float]:
         setup = self.setups[name]
-        return [setup.steps * setup.batch_size / seconds for seconds in self.seconds(name)]
+        samples = setup.steps * setup.batch_size * (setup.ranks if setup.kind == "apart" else 1)
+        return [samples / seconds for seconds in self.seconds(name)]
 
     def ratios(self, name: str, others: list[str]) -> list[float]:
         """Samples per second over those of the fastest of others, repeat by repeat."""
@@ -286,6 +291,7 @@ def table_of_comparisons(results: Results) -> str:
     ours = [name for name in names if name.startswith("dgl-2x")]
     comparisons: list[tuple[str, str, list[str], str]] = [
         ("dgl-2x1", "dgl-1x1", ["dgl-1x1"], "1.90"),
+        ("dgl-2x1", "apart-2x1", ["apart-2x1"], ""),
         ("dgl-2x1", "dgl-1x2", ["dgl-1x2"], "1.05"),
         ("dgl-2x1", "backprop-1x2", ["backprop-1x2"], ""),
         ("dgl-2x1", "backprop-2x1 (DDP)", ["backprop-2x1"], ""),
@@ -372,14 +378,15 @@ def main() -> None:
     args = parser.parse_args()
     how = training_options(args)
     names = args.methods or [
-        *("backprop-1x1", "backprop-1x2", "backprop-2x1", "dgl-1x1", "dgl-1x2", "dgl-2x1"),
+        *("backprop-1x1", "backprop-1x2", "backprop-2x1", "dgl-1x1", "apart-2x1", "dgl-1x2", "dgl-2x1"),
         *(f"{kind}-2x1-m{m}" for m in args.micro_batches if m > 1 for kind in ("gpipe", "1f1b", "dgl")),
     ]
     results = Results({name: Setup.parse(name, **how) for name in names}, {name: [] for name in names})
     blocks = table_of_blocks(Setup("dgl", 1, 1, **how))
     for repeat in range(args.repeats):
         for name, setup in results.setups.items():
-            results.readings[name].append(in_processes(setup.ranks, setup.threads, train, setup))
+            together = setup.kind != "apart"
+            results.readings[name].append(in_processes(setup.ranks, setup.threads, train, setup, together=together))
             speed = results.samples_per_second(name)[-1]
             print(f"repeat {repeat + 1} of {args.repeats}, {name}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
 

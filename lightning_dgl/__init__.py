@@ -1,15 +1,18 @@
 """Decoupled Greedy Learning of CNNs for PyTorch Lightning."""
 
 from lightning_dgl._version import __version__
-from lightning_dgl.callbacks import BlockSummary
+from lightning_dgl.callbacks import BlockMonitor, BlockSummary
 from lightning_dgl.distributed import RankFailedError
 from lightning_dgl.heads import CNNHead, LinearHead, MLPHead, MLPSRHead
 from lightning_dgl.module import DGLModule, NonFiniteLossError
-from lightning_dgl.schedules import Synchronous
+from lightning_dgl.replay import ReplayBuffer
+from lightning_dgl.schedules import Asynchronous, Schedule, Synchronous
 from lightning_dgl.splitting import SplitError, SplitPoint, find_split_points, split
 from lightning_dgl.strategy import DGLStrategy
 
 __all__ = [
+    "Asynchronous",
+    "BlockMonitor",
     "BlockSummary",
     "CNNHead",
     "DGLModule",
@@ -19,6 +22,8 @@ __all__ = [
     "MLPSRHead",
     "NonFiniteLossError",
     "RankFailedError",
+    "ReplayBuffer",
+    "Schedule",
     "SplitError",
     "SplitPoint",
     "Synchronous",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
@@ -11,6 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from typing_extensions import override
+
+from lightning_dgl.distributed import Report, Stage
+from lightning_dgl.schedules import Schedule
 
 if TYPE_CHECKING:
     from lightning_dgl.module import DGLModule
@@ -28,6 +32,82 @@ class BlockSummary(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(block_table(pl_module))  # type: ignore[arg-type]
+
+
+class BlockMonitor(Callback):
+    """Logs what each block does, every ``Trainer(log_every_n_steps)`` steps, on several ranks through rank 0.
+
+    For every block j, with ``_block{j}`` appended:
+
+    - ``monitor/updates``: local steps that it has taken;
+    - ``monitor/samples_per_second``: its speed since the step that was logged before;
+    - ``monitor/age_mean`` and ``monitor/age_max``: how stale was what it trained on since then, in steps that its
+      predecessor had taken after making it; ``monitor/reuse``: how often it had trained on it before, on average;
+    - ``monitor/buffer_batches`` and ``monitor/buffer_bytes``: what its replay buffer holds;
+    - ``monitor/drops``: outputs that its successor was too slow to take, and ``monitor/bytes_per_step``: what it sent,
+      where its successor is on another rank.
+
+    The progress bar shows ``monitor/age``, the last block's mean age, with an asynchronous schedule.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._samples: list[int] = []
+        self._sent = (0, 0)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(pl_module)  # type: ignore[arg-type]
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart(pl_module)  # type: ignore[arg-type]
+
+    def _restart(self, module: DGLModule) -> None:
+        self._since = time.monotonic()
+        self._samples = [progress.samples for progress in module.progress]
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer._logger_connector.should_update_logs:
+            return
+        stage: Stage = getattr(trainer.strategy, "stage", None) or Stage(range(pl_module.num_blocks))  # type: ignore[arg-type]
+        values = self._measure(pl_module, stage, getattr(trainer.strategy, "schedule", None), trainer.global_step)  # type: ignore[arg-type]
+        self._restart(pl_module)  # type: ignore[arg-type]
+        if stage.is_first:
+            for name, value in values.items():
+                pl_module.log(name, value, prog_bar=name == "monitor/age", batch_size=1)
+        else:
+            stage.report(Report(trainer.global_step - 1, values | {"epoch": trainer.current_epoch}))
+
+    def _measure(self, module: DGLModule, stage: Stage, schedule: Schedule | None, step: int) -> dict[str, float]:
+        values: dict[str, float] = {}
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        for j in stage.blocks:
+            progress = module.progress[j]
+            values[f"updates_block{j}"] = progress.updates
+            values[f"samples_per_second_block{j}"] = (progress.samples - self._samples[j]) / elapsed
+            buffer = None if schedule is None else schedule.buffers.get(j)
+            if buffer is None:
+                continue
+            reads = buffer.take_reads()
+            if reads.count:
+                values[f"age_mean_block{j}"] = reads.total_age / reads.count
+                values[f"age_max_block{j}"] = reads.max_age
+                values[f"reuse_block{j}"] = reads.total_uses / reads.count
+                if j == module.num_blocks - 1:
+                    values["age"] = reads.total_age / reads.count
+            values[f"buffer_batches_block{j}"] = len(buffer)
+            values[f"buffer_bytes_block{j}"] = buffer.nbytes
+        if stage.outbox is not None:
+            last, sent = stage.blocks[-1], stage.outbox.bytes_sent
+            values[f"drops_block{last}"] = stage.outbox.num_dropped
+            before, at = self._sent
+            values[f"bytes_per_step_block{last}"] = (sent - before) / max(step - at, 1)
+            self._sent = (sent, step)
+        return {f"monitor/{name}": float(value) for name, value in values.items()}
 
 
 def block_table(module: DGLModule) -> Table:

@@ -19,6 +19,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
 def check_length(name: str, values: Sequence[Any], expected: int, why: str) -> None:
     """Raise ValueError unless ``values`` has ``expected`` entries."""
     if len(values) != expected:

@@ -26,6 +26,7 @@ class LocalStep:
     Attributes:
         loss: the local loss, a detached scalar.
         scores: detached class scores (N, classes).
+        targets: what they were scored against.
         parameters: what the block trains.
         gradients: their gradients, accumulation and loss scaling included; None where there is none.
         buffers: buffers with their values from before the step, for :meth:`undo`.
@@ -33,6 +34,7 @@ class LocalStep:
 
     loss: Tensor
     scores: Tensor
+    targets: Tensor
     parameters: Sequence[nn.Parameter]
     gradients: Gradients
     buffers: list[tuple[Tensor, Tensor]]
@@ -91,6 +93,8 @@ def deliver(steps: Iterable[LocalStep], dense: bool = False) -> Tensor:
         dense: deliver zeros where there is no gradient; replicas that average theirs wait for every one.
     """
     steps = list(steps)
+    if not steps:
+        return torch.zeros((), requires_grad=True)
     total = torch.stack([step.loss.float() for step in steps]).sum()
     gradients = [gradient for step in steps for gradient in step.gradients]
     parameters = [parameter for step in steps for parameter in step.parameters]

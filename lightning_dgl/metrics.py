@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dgl.checks import class_indices
 from lightning_dgl.local_step import LocalStep
 
 
@@ -75,10 +76,13 @@ class BlockMetrics(nn.Module):
             [*self.losses.values(), *self.blocks.values(), *([] if self.ensemble is None else [self.ensemble])]
         )
 
-    def batch_values(self, steps: Mapping[int, LocalStep], targets: Tensor) -> dict[str, Tensor]:
-        """Values of one batch alone, for the blocks that ``steps`` holds by number; the ensemble's left out."""
+    def batch_values(self, steps: Mapping[int, LocalStep]) -> dict[str, Tensor]:
+        """Values of one local step alone, of the blocks that ``steps`` holds by number; the ensemble's left out."""
         return self._named(
-            {j: {"loss": step.loss, **self.blocks[j](step.scores, targets)} for j, step in steps.items()}
+            {
+                j: {"loss": step.loss, **self.blocks[j](step.scores, class_indices(step.targets))}
+                for j, step in steps.items()
+            }
         )
 
     def update(self, block: int, loss: Tensor, scores: Tensor, targets: Tensor) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -40,11 +41,25 @@ from lightning_dgl.splitting import (
     count_flops,
     example_batch,
     extent,
+    in_mode,
     split_network,
 )
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+@dataclass
+class BlockProgress:
+    """How far the training of a block has come.
+
+    Attributes:
+        updates: local steps that it has taken.
+        samples: on how many samples, those of replayed batches counted anew.
+    """
+
+    updates: int = 0
+    samples: int = 0
 
 
 class NonFiniteLossError(RuntimeError):
@@ -95,6 +110,7 @@ class DGLModule(LightningModule):
         heads: the J - 1 auxiliary heads.
         block_names: what each block contains, "first module to last module".
         split_points: the J - 1 places where the network was cut.
+        progress: how far the training of each block has come; of the blocks that this process trains.
 
     Raises:
         SplitError: if the network cannot be split as asked.
@@ -170,7 +186,9 @@ class DGLModule(LightningModule):
         self._on_nonfinite = on_nonfinite
         self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
         self._metrics = nn.ModuleDict()
+        self.progress = [BlockProgress() for _ in range(num_blocks)]
         self._skipped = [0] * num_blocks
+        self._stepped: list[int] = []  # the blocks that Lightning is to update after this training step
         self._unused_parameters = self._parameters_in_no_block()
         self._random_streams: RandomStreams | None = None
         self._random_state: dict[str, Any] | None = None  # of a checkpoint, until training goes on from it
@@ -258,7 +276,7 @@ class DGLModule(LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        address = self._address(batch_idx)
+        address = self.address(batch_idx)
         inputs, targets = self._tensors_of(batch, address)
         if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.heads.modules()):
             raise ValueError(
@@ -272,6 +290,10 @@ class DGLModule(LightningModule):
         parameters = self._trained_parameters()
 
         def local_step(block: int, x: Tensor, y: Tensor) -> Tensor:
+            if self._is_finished(block):
+                return self._pass_on(block, x, y, address)
+            if block in steps:  # each block's last step is Lightning's to take, those before it are taken at once
+                self._update(block, steps.pop(block))
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers_to_restore(block)]
             with streams.of(block, self.device):
                 output = self.blocks[block](x)
@@ -280,20 +302,50 @@ class DGLModule(LightningModule):
                 scores = self._score(block, output)
                 loss = self.local_loss(block, scores, y)
                 gradients = local_gradients(self._scaled(block, loss), parameters[block])
-            steps[block] = LocalStep(loss.detach(), scores.detach(), parameters[block], gradients, buffers)
+            steps[block] = LocalStep(loss.detach(), scores.detach(), y, parameters[block], gradients, buffers)
+            self.progress[block].updates += 1
+            self.progress[block].samples += len(x)
             return output.detach()
 
         self._schedule.step(local_step, stage.blocks, inputs, targets)
-        for block in self._nonfinite_blocks(steps):
-            self._skipped[block] += 1
-            steps[block].undo()
-        self._log_training(steps, targets)
+        self._undo_nonfinite(steps)
+        self._stepped = list(steps)
+        self._log_training(steps)
         return deliver(steps.values(), dense=stage.is_replicated)
 
-    def _address(self, batch_idx: int, dataloader_idx: int = 0) -> Address:
+    def _update(self, block: int, step: LocalStep) -> None:
+        """Update a block that takes another local step on this batch of data, as Lightning does after the last one."""
+        self._undo_nonfinite({block: step})
+        optimizer = self.trainer.optimizers[0]
+        optimizer.zero_grad()
+
+        def closure() -> Tensor:
+            loss = deliver([step])
+            self.trainer.strategy.backward(loss, optimizer)
+            return loss.detach()
+
+        with torch.autocast(self.device.type, enabled=False):
+            self.trainer.strategy.optimizer_step(optimizer, closure, self)
+        self._step_lr_scheduler(block)
+
+    def _is_finished(self, block: int) -> bool:
+        epochs = self._schedule.epochs_per_block
+        return epochs is not None and self.progress[block].updates >= epochs * self.trainer.num_training_batches
+
+    def _pass_on(self, block: int, x: Tensor, targets: Tensor, address: Address) -> Tensor:
+        """The output of a block that trains no longer."""
+        with torch.no_grad(), in_mode(self.blocks[block], training=False):
+            output = self.blocks[block](x)
+        if block == self._stage.blocks[-1]:
+            self._stage.hand_on(address, (output, targets))
+        return output
+
+    def address(self, batch_idx: int, dataloader_idx: int = 0) -> Address:
+        """Which batch a stage has come to, while a Trainer runs."""
         running = self.trainer.state.stage
         assert running is not None
-        return Address(running.value, self.trainer.current_epoch, dataloader_idx, batch_idx)
+        step = self.trainer.fit_loop.total_batch_idx if self.trainer.training else 0
+        return Address(running.value, self.trainer.current_epoch, dataloader_idx, batch_idx, step)
 
     def _tensors_of(self, batch: Any, address: Address) -> Sequence[Tensor]:
         """Inputs, targets and, on a later stage in evaluation, the votes of the blocks before."""
@@ -341,11 +393,13 @@ class DGLModule(LightningModule):
             return []
         return [tensor for tensor in self.block_tensors(block) if not isinstance(tensor, nn.Parameter)]
 
-    def _nonfinite_blocks(self, steps: dict[int, LocalStep]) -> list[int]:
-        """Blocks whose loss is not finite, if they are to be skipped; one synchronisation with the device."""
+    def _undo_nonfinite(self, steps: dict[int, LocalStep]) -> None:
+        """Undo, or refuse, steps whose loss is not finite; one synchronisation with the device."""
+        if not steps:
+            return
         finite = torch.stack([step.loss.float() for step in steps.values()]).isfinite()
         if finite.all():
-            return []
+            return
         blocks = [block for block, is_finite in zip(steps, finite.tolist(), strict=True) if not is_finite]
         if self._on_nonfinite == "raise":
             first = blocks[0]
@@ -354,13 +408,15 @@ class DGLModule(LightningModule):
                 f"{self.global_step}. Lower the learning rate or check the data; on_nonfinite='skip' skips that "
                 "block's update instead."
             )
-        return blocks
+        for block in blocks:
+            self._skipped[block] += 1
+            steps[block].undo()
 
-    def _log_training(self, steps: dict[int, LocalStep], targets: Tensor) -> None:
+    def _log_training(self, steps: dict[int, LocalStep]) -> None:
         stage = self._stage
         detailed = self._logs_every_block_now()
         logged = {j: step for j, step in sorted(steps.items()) if detailed or j == self.num_blocks - 1}
-        values = self._metrics_of("train").batch_values(logged, class_indices(targets))
+        values = self._metrics_of("train").batch_values(logged)
         if detailed and self._on_nonfinite == "skip":
             values |= {f"skipped_block{j}": torch.tensor(float(self._skipped[j])) for j in steps}
         shown = {name: value for name, value in values.items() if detailed or is_headline(name)}
@@ -369,7 +425,9 @@ class DGLModule(LightningModule):
             if detailed and not stage.is_first and self._logs_now():
                 numbers = {f"train/{name}": float(value) for name, value in shown.items()}
                 stage.report(Report(self.global_step, numbers | {"epoch": self.current_epoch}))
-        self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=len(targets))
+        if shown:
+            batch_size = len(next(iter(logged.values())).targets)
+            self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=batch_size)
         for name, value in self._log_reports().items():
             if name != "epoch":
                 self.log(name, value, prog_bar=is_headline(name), logger=False, on_step=True, on_epoch=False)
@@ -412,7 +470,7 @@ class DGLModule(LightningModule):
         stage = self._stage
         if not stage.is_split:
             return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
-        address = self._address(batch_idx, dataloader_idx)
+        address = self.address(batch_idx, dataloader_idx)
         if isinstance(batch, StageBatch):
             batch.expect(address)
             x = batch.tensors[0]
@@ -424,7 +482,7 @@ class DGLModule(LightningModule):
         return x
 
     def _evaluate(self, phase: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        address = self._address(batch_idx, dataloader_idx)
+        address = self.address(batch_idx, dataloader_idx)
         x, targets, *votes_before = self._tensors_of(batch, address)
         votes = votes_before[0] if votes_before else None
         metrics, classes = self._metrics_of(phase, dataloader_idx), class_indices(targets)
@@ -520,18 +578,30 @@ class DGLModule(LightningModule):
         if self._lr_scheduler_factories is None:
             return optimizer
         scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": self._lr_interval, "name": "lr"}
+        interval = "step" if self._schedule.draws_blocks else self._lr_interval
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": interval, "name": "lr"}
         if scheduler.reduce_on_plateau:
             every = self.trainer.check_val_every_n_epoch or 1
-            config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": every}
+            config |= {"reduce_on_plateau": True, "monitor": "val/loss", "frequency": every, "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        if metric is None:
-            scheduler.step()
-        else:
+        if metric is not None:
             scheduler.step([self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)])
+        elif self._schedule.draws_blocks:
+            for block in self._stepped:
+                self._step_lr_scheduler(block)
+        else:
+            scheduler.step()
+
+    def _step_lr_scheduler(self, block: int) -> None:
+        """Step the scheduler of a block whose updates, and with them epochs, are counted by themselves."""
+        is_due = self._lr_interval == "step" or self.progress[block].updates % self.trainer.num_training_batches == 0
+        for config in self.trainer.lr_scheduler_configs:
+            assert isinstance(config.scheduler, BlockLRScheduler)
+            if is_due and not config.reduce_on_plateau:
+                config.scheduler.schedulers[block].step()  # type: ignore[call-arg]
 
     @override
     def configure_gradient_clipping(
@@ -575,6 +645,17 @@ class DGLModule(LightningModule):
                 "lr_scheduler is ReduceLROnPlateau, which watches the validation loss, but there is no validation. "
                 "Pass a validation data loader, or another scheduler."
             )
+        accumulates = self.trainer.accumulate_grad_batches > 1 or any(
+            isinstance(callback, GradientAccumulationScheduler)
+            for callback in self.trainer.callbacks  # type: ignore[attr-defined]
+        )
+        if self._schedule.draws_blocks and accumulates:
+            raise ValueError(
+                "accumulate_grad_batches counts batches of data, but with the asynchronous schedule in one process a "
+                "block is updated whenever it is drawn. Pass accumulate_grad_batches=1, or train on several ranks."
+            )
+        if self.trainer.global_step == 0 and self._random_state is None:  # not resumed
+            self.progress = [BlockProgress() for _ in range(self.num_blocks)]
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
@@ -589,6 +670,12 @@ class DGLModule(LightningModule):
         if self.trainer.fit_loop.restarted_mid_epoch:  # a run saved within an epoch had drawn that seed before
             self._restore_random_state()
         self._random_state = None
+        schedule = self._schedule
+        if (schedule.draws_blocks or schedule.epochs_per_block) and self.trainer.num_training_batches == float("inf"):
+            raise ValueError(
+                "The training data loader has no length, by which blocks count their epochs. Use a map-style data set, "
+                "or pass limit_train_batches=<number>."
+            )
 
     @override
     def on_fit_end(self) -> None:
@@ -613,13 +700,26 @@ class DGLModule(LightningModule):
         random_state: dict[str, Any] = get_random_state(self.device)
         plugin = self.trainer.precision_plugin
         scalers: dict[str, Any] = checkpoint.get(type(plugin).__qualname__, {})
-        # Both are known to the ranks that hold the blocks.
-        own = {j: (None if streams is None else streams[j], scalers["blocks"][j] if scalers else None) for j in blocks}
+        # These are known to the ranks that hold the blocks.
+        own = {
+            j: (
+                None if streams is None else streams[j],
+                scalers["blocks"][j] if scalers else None,
+                asdict(self.progress[j]),
+            )
+            for j in blocks
+        }
         everyones = self._stage.merge(own)
-        random_state["blocks"] = [everyones[j][0] for j in range(self.num_blocks)]
+        of_blocks = [everyones[j] for j in range(self.num_blocks)]
+        random_state["blocks"] = [stream for stream, _, _ in of_blocks]
         if scalers:
-            scalers["blocks"] = [everyones[j][1] for j in range(self.num_blocks)]
-        checkpoint["lightning_dgl"] = {"block_names": self.block_names, "random_state": random_state}
+            scalers["blocks"] = [scaler for _, scaler, _ in of_blocks]
+        checkpoint["lightning_dgl"] = {
+            "block_names": self.block_names,
+            "random_state": random_state,
+            "progress": [progress for _, _, progress in of_blocks],
+            "schedule": self._schedule.state_dict(),
+        }
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -634,6 +734,8 @@ class DGLModule(LightningModule):
         trainer = self._trainer
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._random_state = saved["random_state"]
+            self.progress = [BlockProgress(**progress) for progress in saved.get("progress", [])] or self.progress
+            self._schedule.load_state_dict(saved.get("schedule", {}))
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:

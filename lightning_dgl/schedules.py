@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from typing_extensions import override
+
+from lightning_dgl.checks import check_at_least
+from lightning_dgl.replay import ReplayBuffer
 
 LocalStep = Callable[[int, Tensor, Tensor], Tensor]
 """``(block, inputs, targets) -> output``: trains one block and returns its detached output."""
 
 
-class Schedule(Protocol):
-    """What a batch of data sets in motion."""
+class Schedule:
+    """What a batch of data sets in motion; the base of all schedules.
+
+    Attributes:
+        buffers: the replay buffer that a block reads from, by block, of those that this process holds.
+        draws_blocks: whether blocks are drawn, so that one batch of data makes some step several times, some not at
+            all; a block's epochs, and its learning rate, then go by its own updates.
+        epochs_per_block: after how many epochs of its own a block only passes on its output; None: never.
+    """
+
+    buffers: Mapping[int, ReplayBuffer] = {}
+    draws_blocks = False
+    epochs_per_block: int | None = None
+
+    def start(self, blocks: range, num_blocks: int, seed: int) -> None:
+        """Prepare for a run.
+
+        Args:
+            blocks: those that this process holds.
+            num_blocks: J, of all processes.
+            seed: of whatever is drawn at random.
+
+        Raises:
+            ValueError: if the schedule does not fit the blocks.
+        """
 
     def step(self, local_step: LocalStep, blocks: range, inputs: Tensor, targets: Tensor) -> None:
-        """Take the local steps that one batch calls for, of the consecutive ``blocks`` that this process holds."""
+        """Take the local steps that one batch calls for, of the consecutive ``blocks`` that this process holds.
+
+        Here: one of each, in order, on ``inputs`` and what its predecessor makes of them.
+        """
+        for block in blocks:
+            inputs = local_step(block, inputs, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
 
 
-class Synchronous:
+class Synchronous(Schedule):
     """Algorithm 1 of the paper: every block takes one local step on every batch, in forward order.
 
     A block reads its predecessor's output from before this step's update, so no block waits for another's backward. On
@@ -29,13 +69,133 @@ class Synchronous:
         rank 1:                    step block 1 -> step block 1 -> step block 1 -> ...
     """
 
+
+class Asynchronous(Schedule):
+    """Algorithm 2 of the paper: every block trains at its own pace, on what its replay buffer holds.
+
+    **On several ranks** a stage takes a step whenever it has finished the last one. Its buffer is filled by what it
+    receives meanwhile; once there is a first batch it does not wait for the stage before it, unless it is further ahead
+    than ``max_lead``. It does not wait for a slow successor either: what that has not taken when newer output is there
+    is dropped. All stages take as many steps an epoch as there are batches, and meet at its end and for validation,
+    which is as with the synchronous schedule. Blocks of one stage step in forward order, one after another.
+
+    **In one process** this is the paper's simulation of that. Each training step begins with a local step of block 0 on
+    a batch of data. Then blocks are drawn, each with a probability proportional to 1 / S, S being its slow-down, and
+    take a local step on their buffer, until block 0 is drawn again. So a block takes on average 1 / S as many updates
+    as others. As warm-up, on the first two batches, every block takes a step in order.
+
+    Blocks then count their own epochs, one for as many updates as there are batches, and their learning-rate schedulers
+    go by that, as in the paper. ``Trainer(max_epochs=...)`` and ``global_step`` count batches of data.
+
+    A checkpoint holds weights, optimizers, the updates of each block and the state of the draws, but not the buffers: a
+    resumed run warms up again, and does not come to exactly the same weights as an uninterrupted one.
+
+    Args:
+        buffer_size: M, how many batches a block's replay buffer holds.
+        max_reuse: how many times a block trains on a batch at most. One whose every batch was used that often skips
+            its turn, or, on several ranks, waits for the next.
+        slowdown: S ≥ 1 by block, in one process; other blocks have 1. On several ranks their real speeds decide.
+        max_lead: on several ranks, how many batches a stage may be ahead of the one before it, within an epoch; by
+            default four times ``buffer_size``. Else a stage that is much faster would train on the epoch's first few
+            batches only, and then wait all the same.
+        epochs_per_block: after how many epochs of its own a block trains no longer but only passes on its output, in
+            eval mode, as in the paper; give a slowed block time for them by a larger ``max_epochs``.
+
+    Raises:
+        ValueError: for an argument that does not fit; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        buffer_size: int = 8,
+        max_reuse: int | None = None,
+        slowdown: Mapping[int, float] | None = None,
+        *,
+        max_lead: int | None = None,
+        epochs_per_block: int | None = None,
+    ) -> None:
+        check_at_least("buffer_size", buffer_size, 1)
+        for name, value, least in (
+            ("max_reuse", max_reuse, 1),
+            ("max_lead", max_lead, 0),
+            ("epochs_per_block", epochs_per_block, 1),
+        ):
+            if value is not None:
+                check_at_least(name, value, least)
+        for block, factor in dict(slowdown or {}).items():
+            if not isinstance(factor, (int, float)) or not 1 <= factor < float("inf"):
+                raise ValueError(
+                    f"slowdown of block {block} must be at least 1, a block that is {factor!r} times as slow would be "
+                    "faster than the others; slow the others down instead."
+                )
+        self.buffer_size = buffer_size
+        self.max_reuse = max_reuse
+        self.slowdown = dict(slowdown or {})
+        self.max_lead = 4 * buffer_size if max_lead is None else max_lead
+        self.epochs_per_block = epochs_per_block
+        self.buffers: dict[int, ReplayBuffer] = {}
+        self._num_warm_up = 0
+        self._weights: list[float] = []
+        self._generator: torch.Generator | None = None
+
+    @override
+    def start(self, blocks: range, num_blocks: int, seed: int) -> None:
+        unknown = [block for block in self.slowdown if block not in range(num_blocks)]
+        if unknown:
+            raise ValueError(
+                f"slowdown is given for block {unknown[0]!r}, but there are blocks 0 to {num_blocks - 1} only."
+            )
+        self.draws_blocks = len(blocks) == num_blocks
+        if self.slowdown and not self.draws_blocks:
+            raise ValueError(
+                f"slowdown={self.slowdown} simulates slow blocks in one process; on several ranks their real speeds "
+                "decide. Leave it out, or train with devices=1."
+            )
+        reading = blocks if self.draws_blocks else blocks[:1]
+        self.buffers = {j: ReplayBuffer(self.buffer_size, self.max_reuse) for j in reading if j > 0}
+        self._num_warm_up = 2
+        self._weights = [1 / self.slowdown.get(j, 1) for j in range(num_blocks)]
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+
+    @override
     def step(self, local_step: LocalStep, blocks: range, inputs: Tensor, targets: Tensor) -> None:
-        """Take one local step of each of ``blocks``, on ``inputs`` and what its predecessor makes of them."""
-        for block in blocks:
-            inputs = local_step(block, inputs, targets)
+        if not self.draws_blocks:
+            super().step(local_step, blocks, inputs, targets)
+            return
+
+        def train(block: int, x: Tensor, y: Tensor) -> None:
+            output = local_step(block, x, y)
+            if block + 1 in self.buffers:
+                self.buffers[block + 1].put(output, y)
+
+        def replay(block: int) -> None:
+            if not self.buffers[block].is_exhausted:
+                train(block, *self.buffers[block].get())
+
+        train(blocks[0], inputs, targets)
+        if self._num_warm_up > 0:
+            self._num_warm_up -= 1
+            for block in blocks[1:]:
+                replay(block)
+        else:
+            while (block := self.next_block()) != 0:
+                replay(block)
+
+    def next_block(self) -> int:
+        """The block whose turn it is next, in one process; override it for another order than a random one."""
+        return int(torch.multinomial(torch.tensor(self._weights), 1, generator=self._generator))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._generator is None else {"generator": self._generator.get_state()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._generator is not None and "generator" in state_dict:
+            self._generator.set_state(state_dict["generator"])
 
 
-SCHEDULES: dict[str, type[Synchronous]] = {"sync": Synchronous}
+SCHEDULES: dict[str, type[Schedule]] = {"sync": Synchronous, "async": Asynchronous}
 
 
 def make_schedule(schedule: str | Schedule) -> Schedule:
@@ -47,9 +207,9 @@ def make_schedule(schedule: str | Schedule) -> Schedule:
     """
     known = ", ".join(map(repr, SCHEDULES))
     if not isinstance(schedule, str):
-        if not callable(getattr(schedule, "step", None)):
-            raise TypeError(f"schedule must be one of {known}, or a schedule object, got {type(schedule).__name__}.")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be one of {known}, or a Schedule, got {type(schedule).__name__}.")
         return schedule
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {known}, or a schedule object, got {schedule!r}.")
+        raise ValueError(f"schedule must be one of {known}, or a Schedule, got {schedule!r}.")
     return SCHEDULES[schedule]()

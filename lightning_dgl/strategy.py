@@ -33,11 +33,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgl.checks import check_choice
+from lightning_dgl.checks import check_at_least, check_choice
 from lightning_dgl.distributed import (
     AGREED,
     DistributedStage,
     Groups,
+    Replay,
     Stage,
     StageBatch,
     StageLoader,
@@ -51,7 +52,7 @@ from lightning_dgl.distributed.launcher import RankLauncher
 from lightning_dgl.distributed.signals import take_over
 from lightning_dgl.module import DGLModule
 from lightning_dgl.preconditions import check_same, check_trainer, fingerprint
-from lightning_dgl.schedules import Schedule, make_schedule
+from lightning_dgl.schedules import Asynchronous, Schedule, make_schedule
 
 
 class DGLStrategy(ParallelStrategy):
@@ -63,7 +64,7 @@ class DGLStrategy(ParallelStrategy):
     same blocks average their gradients.
 
     Args:
-        schedule: "sync", or a schedule such as :class:`~lightning_dgl.Synchronous`: which block steps when.
+        schedule: "sync", "async", or a schedule such as :class:`~lightning_dgl.Asynchronous`: which block steps when.
         data_parallel_size: R, how many replicas of every stage there are; ranks = R × stages.
         prefetch: how many batches a stage may receive ahead of the one it works on.
         timeout: how long a rank may keep others waiting before the run is ended; a timedelta, or seconds.
@@ -111,8 +112,7 @@ class DGLStrategy(ParallelStrategy):
         )
         self.schedule = make_schedule(schedule)
         for name, value in (("data_parallel_size", data_parallel_size), ("prefetch", prefetch)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+            check_at_least(name, value, 1)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
         self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         if self._timeout <= timedelta(0):
@@ -197,6 +197,7 @@ class DGLStrategy(ParallelStrategy):
         if self._num_ranks == 1:
             super().setup_environment()
             self.stage = Stage(range(self._module.num_blocks))
+            self._start_schedule(self.stage.blocks)
             return
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -204,6 +205,15 @@ class DGLStrategy(ParallelStrategy):
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         super().setup_environment()
         self._connect_ranks()
+
+    def _start_schedule(self, blocks: range) -> None:
+        self.schedule.start(blocks, self._module.num_blocks, torch.initial_seed())
+        if self.schedule.draws_blocks and self.data_parallel_size > 1:
+            raise ValueError(
+                f"The asynchronous schedule simulates slow blocks in one process, without replicas, but "
+                f"data_parallel_size={self.data_parallel_size}. Pass more devices, so that there are several stages, "
+                "or data_parallel_size=1."
+            )
 
     def _check_stages(self) -> None:
         if self._num_stages > self._module.num_blocks:
@@ -249,6 +259,9 @@ class DGLStrategy(ParallelStrategy):
         dist.all_gather_object(everyones, mine)  # before ranks that differ make groups that differ, and hang
         check_same([fingerprint for fingerprint, _ in everyones], names)
         self._check_stages()
+        assignment = self._assignment()
+        schedule, blocks = self.schedule, assignment[self.global_rank % self._num_stages]
+        self._start_schedule(blocks)
         if self._groups is None:
             self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
         store = dist.distributed_c10d._get_default_store()
@@ -263,10 +276,11 @@ class DGLStrategy(ParallelStrategy):
             children=getattr(self._launcher, "procs", []) if self._start_method == "popen" else [],
         )
         self.stage = stage = DistributedStage(
-            self._assignment(),
+            assignment,
             self._groups,
             device,
             self._prefetch,
+            Replay(schedule.buffers.get(blocks[0]), schedule.max_lead) if isinstance(schedule, Asynchronous) else None,
             store.clone(),
             watchdog,
         )
@@ -333,7 +347,14 @@ class DGLStrategy(ParallelStrategy):
         if stage.inbox is None:
             return dataloader
         stateful = hasattr(dataloader, "state_dict") and hasattr(dataloader, "load_state_dict")
-        return (StatefulStageLoader if stateful else StageLoader)(stage.inbox, length)
+        return (StatefulStageLoader if stateful else StageLoader)(self._next_batch, length)
+
+    def _next_batch(self) -> StageBatch:
+        stage, loop = self._distributed_stage, self._module.trainer.fit_loop
+        assert stage is not None
+        if not self._module.trainer.training:
+            return stage.next_batch(None)
+        return stage.next_batch(self._module.address(loop.epoch_loop.batch_progress.current.ready))
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -506,3 +527,6 @@ def _without_states(state: dict[str, Any], keep: range) -> dict[str, Any]:
 
 
 StrategyRegistry.register("dgl", DGLStrategy, description="Decoupled greedy learning, synchronous schedule")
+StrategyRegistry.register(
+    "dgl_async", DGLStrategy, description="Decoupled greedy learning, asynchronous schedule", schedule="async"
+)

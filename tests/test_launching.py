@@ -11,10 +11,11 @@ from unittest import mock
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, StochasticWeightAveraging
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dgl import DGLStrategy, Synchronous
+from lightning_dgl import Asynchronous, DGLStrategy, Synchronous
 from tests.conftest import Backpropagation, loader, small_cnn, small_data
 from tests.jobs import Job, Outcome, by_hand, by_slurm, free_port, make_module, make_trainer, train
 
@@ -195,6 +196,21 @@ REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
     "synchronised BatchNorm": (
         lambda rank: fit(replicas(), sync_batchnorm=True),
         r"sync_batchnorm=True is not supported with data_parallel_size > 1: .*sync_batchnorm=False",
+    ),
+    "simulated slow blocks": (
+        lambda rank: fit(DGLStrategy(Asynchronous(slowdown={1: 2.0}), timeout=60)),
+        r"slowdown=\{1: 2.0\} simulates slow blocks in one process; on several ranks their real speeds decide",
+    ),
+    "simulated asynchrony in replicas": (
+        lambda rank: fit(DGLStrategy("async", data_parallel_size=2, timeout=60)),
+        "asynchronous schedule simulates slow blocks in one process, without replicas, but data_parallel_size=2",
+    ),
+    "replayed batches of another shape": (
+        lambda rank: fit(
+            DGLStrategy("async", timeout=60),
+            data=DataLoader([*loader(), (torch.randn(8, 3, 10, 10), torch.zeros(8).long())], batch_size=None),
+        ),
+        r"samples of one shape and dtype: activation has \(8, 10, 10\), torch.float32, earlier ones \(8, 8, 8\)",
     ),
 }
 

@@ -5,7 +5,7 @@ watchdog makes one rank's failure everyone's, and stage puts these together for 
 """
 
 from lightning_dgl.distributed.groups import Groups
-from lightning_dgl.distributed.link import Address, StageBatch, StageLoader, StatefulStageLoader
+from lightning_dgl.distributed.link import Address, Replay, StageBatch, StageLoader, StatefulStageLoader
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Report, Stage
 from lightning_dgl.distributed.topology import assign_blocks, blocks_in_words
 from lightning_dgl.distributed.watchdog import RankFailedError, Watchdog, this_process
@@ -16,6 +16,7 @@ __all__ = [
     "DistributedStage",
     "Groups",
     "RankFailedError",
+    "Replay",
     "Report",
     "Stage",
     "StageBatch",

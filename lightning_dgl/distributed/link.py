@@ -12,15 +12,18 @@ import ctypes
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dgl.distributed.watchdog import Watchdog
+from lightning_dgl.replay import ReplayBuffer
 
 _PHASES = [stage.value for stage in RunningStage]
 _DTYPES = [
@@ -32,12 +35,13 @@ _CLOSE = -1
 
 
 class Address(NamedTuple):
-    """Which batch a message belongs to."""
+    """Which batch a message belongs to; ``step`` counts training batches over all epochs."""
 
     phase: str
     epoch: int
     dataloader_idx: int
     batch_idx: int
+    step: int
 
     def __str__(self) -> str:
         return f"batch {self.batch_idx} of {self.phase!r} in epoch {self.epoch} (data loader {self.dataloader_idx})"
@@ -50,11 +54,13 @@ class StageBatch:
         address: which batch of data.
         tensors: the previous stage's detached output (N, ...); targets, except in prediction; and in evaluation the
             ensemble's votes (N, classes), float32. All on this rank's device.
+        is_replayed: whether it comes from a replay buffer, and so may be of any earlier batch.
     """
 
-    def __init__(self, address: Address, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, address: Address, tensors: Sequence[Tensor], is_replayed: bool = False) -> None:
         self.address = address
         self.tensors = tensors
+        self.is_replayed = is_replayed
 
     def __iter__(self) -> Iterator[Tensor]:
         """The tensors: Lightning looks there for the size of a batch."""
@@ -62,7 +68,7 @@ class StageBatch:
 
     def expect(self, address: Address) -> None:
         """Raise RuntimeError unless this is the batch that this rank has come to."""
-        if self.address != address:
+        if self.address != address and not self.is_replayed:
             raise RuntimeError(
                 f"The ranks have come apart: this one is at {address}, the one before it at {self.address}. They must "
                 "take the same number of batches; a callback or hook that stops, skips or limits must do so on every "
@@ -115,11 +121,28 @@ class Outbox(_End):
     """The sending end of a link: ``put`` hands a message to the thread, and waits while ``depth`` others wait there."""
 
     bytes_sent = 0
+    num_dropped = 0
 
     def put(self, address: Address, tensors: Sequence[Tensor]) -> None:
         """Send ``tensors`` as what this stage makes of the batch at ``address``; they must not change any more."""
+        self._put(self._item(address, tensors))
+
+    def offer(self, address: Address, tensors: Sequence[Tensor]) -> None:
+        """As :meth:`put`, but never wait: what waits already gives way, and is dropped."""
+        item = self._item(address, tensors)
+        self._watchdog.check()
+        while True:
+            try:
+                self._queue.put_nowait(item)
+                return
+            except queue.Full:
+                with suppress(queue.Empty):  # the thread has taken it meanwhile
+                    self._queue.get_nowait()
+                    self.num_dropped += 1
+
+    def _item(self, address: Address, tensors: Sequence[Tensor]) -> Any:
         event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
-        self._put((address, [tensor.detach() for tensor in tensors], event))
+        return address, [tensor.detach() for tensor in tensors], event
 
     def close(self) -> None:
         """Tell the receiver that nothing follows, and wait until everything is sent."""
@@ -189,10 +212,10 @@ class Inbox(_End):
         self.seconds_waited += time.monotonic() - began
         batch = received[0]
         if batch is None:
-            raise RuntimeError(
-                "The ranks have come apart: the rank before this one has finished, this one expects another batch. A "
-                "callback or hook that stops training must do so on every rank."
-            )
+            raise _finished_before()
+        return self._usable(batch)
+
+    def _usable(self, batch: StageBatch) -> StageBatch:
         if self._on_accelerator:
             stream = torch.get_device_module(self._device).current_stream()
             for tensor in batch.tensors:
@@ -225,9 +248,12 @@ class Inbox(_End):
     def _run(self) -> None:
         while True:
             batch = self._receive()
-            self._queue.put(batch)  # waits while the stage is busy, which bounds what is received ahead
+            self._deliver(batch)
             if batch is None:
                 return
+
+    def _deliver(self, batch: StageBatch | None) -> None:
+        self._queue.put(batch)  # waits while the stage is busy, which bounds what is received ahead
 
     def _receive(self) -> StageBatch | None:
         header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
@@ -246,11 +272,91 @@ class Inbox(_End):
         return StageBatch(address, tensors)
 
 
-class StageLoader:
-    """Stands in for a data loader on a later stage: as many batches, each what the previous stage makes of one."""
+class ReplayInbox(Inbox):
+    """The receiving end of a link to an asynchronous stage: what it is to train on goes to a replay buffer.
 
-    def __init__(self, inbox: Inbox, length: int) -> None:
-        self._inbox = inbox
+    The stage reads from there at its own pace. In evaluation batches arrive one after another, as in :class:`Inbox`.
+    """
+
+    def __init__(self, *arguments: Any, buffer: ReplayBuffer, max_lead: int) -> None:
+        self._buffer = buffer
+        self._max_lead = max_lead
+        self._newest: Address | None = None
+        self._error: Exception | None = None
+        self._is_closed = False
+        self._arrival = threading.Condition()
+        super().__init__(*arguments)
+
+    def replay(self, address: Address) -> StageBatch:
+        """A batch to train on at ``address``: waits for the first, and while this stage is too far ahead.
+
+        Raises:
+            RankFailedError: if the sender fails, or keeps this stage waiting for as long as the strategy's timeout.
+            ValueError: if the batches that arrive are of different shapes.
+        """
+        began = time.monotonic()
+        read: list[StageBatch] = []
+
+        def can_read() -> bool:
+            with self._arrival:
+                if self._error is not None:
+                    raise self._error
+                if not self._is_ready(address):
+                    if self._is_closed:
+                        raise _finished_before()
+                    self._arrival.wait(self._watchdog.interval)
+                if self._is_ready(address):
+                    read.append(StageBatch(address, self._buffer.get(), is_replayed=True))
+            return bool(read)
+
+        self._watchdog.wait_until(can_read, self._peer, "to send another batch")
+        self.seconds_waited += time.monotonic() - began
+        return self._usable(read[0])
+
+    def _is_ready(self, address: Address) -> bool:
+        if self._newest is None or self._buffer.is_exhausted:
+            return False
+        reached = self._newest.batch_idx if self._newest.epoch == address.epoch else -1
+        return address.batch_idx - reached <= self._max_lead
+
+    @override
+    def _deliver(self, batch: StageBatch | None) -> None:
+        if batch is None or batch.address.phase != RunningStage.TRAINING.value:
+            super()._deliver(batch)
+            return
+        with self._arrival:
+            activation, targets = batch.tensors
+            try:
+                self._buffer.put(activation, targets, batch.address.step)
+                self._newest = batch.address
+            except ValueError as error:  # for the main thread to raise
+                self._error = error
+            self._arrival.notify_all()
+
+    @override
+    def _run(self) -> None:
+        super()._run()
+        with self._arrival:
+            self._is_closed = True
+
+
+class Replay(NamedTuple):
+    """How an asynchronous stage trains: from which buffer (None on the first stage), and how far ahead it may be."""
+
+    buffer: ReplayBuffer | None
+    max_lead: int
+
+
+class StageLoader:
+    """Stands in for a data loader on a later stage: as many batches, each what the previous stage makes of one.
+
+    Args:
+        next_batch: returns the next of them.
+        length: how many there are.
+    """
+
+    def __init__(self, next_batch: Callable[[], StageBatch], length: int) -> None:
+        self._next_batch = next_batch
         self._length = length
 
     def __len__(self) -> int:
@@ -258,7 +364,7 @@ class StageLoader:
 
     def __iter__(self) -> Iterator[StageBatch]:
         for _ in range(self._length):
-            yield self._inbox.get()
+            yield self._next_batch()
 
 
 class StatefulStageLoader(StageLoader):
@@ -270,6 +376,13 @@ class StatefulStageLoader(StageLoader):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Do nothing: the first stage resumes, and sends what follows."""
+
+
+def _finished_before() -> RuntimeError:
+    return RuntimeError(
+        "The ranks have come apart: the rank before this one has finished, this one expects another batch. A callback "
+        "or hook that stops training must do so on every rank."
+    )
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -298,7 +411,7 @@ def _read_header(header: Tensor) -> tuple[Address | None, list[tuple[torch.dtype
     phase = next(words)
     if phase == _CLOSE:
         return None, []
-    address = Address(_PHASES[phase], next(words), next(words), next(words))
+    address = Address(_PHASES[phase], next(words), next(words), next(words), next(words))
     layouts = []
     for _ in range(next(words)):
         dtype, ndim = _DTYPES[next(words)], next(words)

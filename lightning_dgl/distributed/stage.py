@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_dgl.distributed.groups import Groups
-from lightning_dgl.distributed.link import Address, Inbox, Outbox
+from lightning_dgl.distributed.link import Address, Inbox, Outbox, Replay, ReplayInbox, StageBatch
 from lightning_dgl.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class Stage:
     """All blocks in one process, or in each of Lightning's data-parallel ones: there is nothing to exchange."""
 
     is_first = is_last = True
+    outbox: Outbox | None = None
     is_split = False
     """Whether other ranks train other blocks, so that this one's copy of the whole network is out of date."""
 
@@ -91,6 +93,7 @@ class DistributedStage(Stage):
         groups: the ranks, and how they talk to each other.
         device: this rank's device.
         prefetch: how many batches to receive ahead.
+        replay: how to train asynchronously; None: every stage trains on every batch, as it comes.
         store: a connection to the process group's store, used by nobody else.
         watchdog: through which to wait for other ranks.
     """
@@ -101,6 +104,7 @@ class DistributedStage(Stage):
         groups: Groups,
         device: torch.device,
         prefetch: int,
+        replay: Replay | None,
         store: Store,
         watchdog: Watchdog,
     ) -> None:
@@ -113,13 +117,17 @@ class DistributedStage(Stage):
         self.is_split = topology.num_stages > 1
         self.watchdog = watchdog
         self.inbox: Inbox | None = None
-        self.outbox: Outbox | None = None
+        self._is_asynchronous = replay is not None
         self._store = store
         self._num_sent = 0
         self._num_received = [0] * topology.num_stages
         if topology.previous is not None:
             group = groups.links[topology.previous, topology.rank]
-            self.inbox = Inbox(group, topology.previous, device, prefetch, watchdog)
+            link = (group, topology.previous, device, prefetch, watchdog)
+            if replay is None or replay.buffer is None:
+                self.inbox = Inbox(*link)
+            else:
+                self.inbox = ReplayInbox(*link, buffer=replay.buffer, max_lead=replay.max_lead)
         if topology.next is not None:
             self.outbox = Outbox(groups.links[topology.rank, topology.next], topology.next, device, 1, watchdog)
 
@@ -136,7 +144,17 @@ class DistributedStage(Stage):
     @override
     def hand_on(self, address: Address, tensors: Sequence[Tensor]) -> None:
         if self.outbox is not None:
-            self.outbox.put(address, tensors)
+            if self._is_asynchronous and address.phase == RunningStage.TRAINING.value:
+                self.outbox.offer(address, tensors)
+            else:
+                self.outbox.put(address, tensors)
+
+    def next_batch(self, address: Address | None) -> StageBatch:
+        """What the previous stage sends next; or, with the address of a training batch, what to train on there."""
+        assert self.inbox is not None
+        if isinstance(self.inbox, ReplayInbox) and address is not None:
+            return self.inbox.replay(address)
+        return self.inbox.get()
 
     # Objects
 

@@ -1,0 +1,111 @@
+"""What a slow block costs the one before it: synchronous against asynchronous DGL, the second of two ranks slowed down.
+
+    python -m benchmarks.straggler --output straggler.md
+
+Two blocks of equal cost, one on each rank, one thread a rank, images of 32×32 in memory. The second rank is slowed down
+by resting after each step, for as long as makes the step ``--slowdown`` times as long. Every run has fresh processes,
+and repeats are interleaved. The first rank's samples per second are taken from its own steps: from the end of the last
+warm-up step to the end of its last. It waits for the other rank at the end of the epoch in any case, which is not
+counted: over whole epochs the slowest rank sets the pace, and what asynchrony takes off are stalls within an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from benchmarks.common import in_processes, markdown_table, publish, quiet_trainer, spread
+from benchmarks.parallel import Clock, Setup, dgl_module
+from lightning_dgl import Asynchronous, DGLStrategy, Synchronous
+
+METHODS = {
+    "synchronous, not slowed": (Synchronous, False),
+    "synchronous": (Synchronous, True),
+    "asynchronous, not slowed": (Asynchronous, False),
+    "asynchronous": (Asynchronous, True),
+}
+
+
+class Rests(L.Callback):
+    """Makes the steps of one rank last longer, without using its processor."""
+
+    def __init__(self, rank: int, slowdown: float) -> None:
+        self._rank, self._slowdown = rank, slowdown
+        self._began = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == self._rank:
+            time.sleep((self._slowdown - 1) * (time.perf_counter() - self._began))
+
+
+def train(rank: int, setup: Setup, method: str, slowdown: float) -> tuple[float, int, int]:
+    """Samples per second of this rank, the steps it has taken, and how many of its outputs were dropped."""
+    schedule, is_slowed = METHODS[method]
+    clock, drops = Clock(setup), Drops()
+    trainer = quiet_trainer(
+        devices=2,
+        strategy=DGLStrategy(schedule(), timeout=300),
+        accelerator="cpu",
+        callbacks=[clock, drops, Rests(1, slowdown if is_slowed else 1.0)],
+    )
+    trainer.fit(dgl_module(setup), setup.images())
+    return setup.steps * setup.batch_size / clock.total().seconds, trainer.global_step, drops.count
+
+
+class Drops(L.Callback):
+    count = 0
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        outbox = trainer.strategy.stage.outbox  # type: ignore[attr-defined]
+        self.count = 0 if outbox is None else outbox.num_dropped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--slowdown", type=float, default=4.0, help="of the second rank")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=24, help="timed steps of each run")
+    parser.add_argument("--warm-up", type=int, default=8, help="steps before these, in which queues fill")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
+    args = parser.parse_args()
+    setup = Setup("dgl", 2, 1, args.channels, args.batch_size, args.steps, args.warm_up)
+    speeds: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    drops: dict[str, list[int]] = {method: [] for method in METHODS}
+    for repeat in range(args.repeats):
+        for method in METHODS:
+            ranks = in_processes(2, 1, train, setup, method, args.slowdown)
+            assert all(steps == args.warm_up + args.steps for _, steps, _ in ranks)
+            speeds[method].append([speed for speed, _, _ in ranks])
+            drops[method].append(ranks[0][2])
+            print(f"repeat {repeat + 1} of {args.repeats}, {method}: {speeds[method][-1][0]:.1f} samples/s", flush=True)
+    reference = [first for first, _ in speeds["synchronous, not slowed"]]
+    rows = [
+        [
+            method,
+            spread([first for first, _ in runs], 1),
+            spread([first / other for (first, _), other in zip(runs, reference, strict=True)], 2),
+            spread([second for _, second in runs], 1),
+            spread([float(count) for count in drops[method]], 0),
+        ]
+        for method, runs in speeds.items()
+    ]
+    columns = ["schedule", "first rank, samples/s", "over not slowed", "second rank, samples/s", "drops"]
+    conditions = (
+        f"Two ranks, blocks with {args.channels} channels at 32×32, batch {args.batch_size}, the second slowed down "
+        f"{args.slowdown:g}-fold; {args.steps} steps after {args.warm_up}, {args.repeats} interleaved repeats: median "
+        "(min–max)."
+    )
+    publish(f"{conditions}\n\n{markdown_table(columns, rows)}", args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Small images in memory: handwritten digits, CIFAR-10, or any folder of images, as batches ready to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+Images = tuple[Tensor, Tensor]
+"""Images (N, C, H, W), uint8, and their labels (N,), int64."""
+
+
+def load(source: str, folder: Path) -> tuple[Images, Images]:
+    """Training and test images.
+
+    Args:
+        source: "digits" (they come with scikit-learn), "cifar10" (downloaded), or an image folder: ``train/<class>/*``
+            and ``test/<class>/*``, images of one size.
+        folder: where downloads go, and what was decoded of an image folder.
+
+    Raises:
+        FileNotFoundError: if there is no such image folder.
+    """
+    if source == "digits":
+        return _digits()
+    if source == "cifar10":
+        train, test = (CIFAR10(folder, train=is_train, download=True) for is_train in (True, False))
+        return tuple((torch.tensor(d.data).permute(0, 3, 1, 2), torch.tensor(d.targets)) for d in (train, test))  # type: ignore[return-value]
+    missing = [part for part in ("train", "test") if not (Path(source) / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"There is no folder {Path(source) / missing[0]}. Data is 'digits', 'cifar10', or a folder with train/ and "
+            "test/, which hold a folder of images for each class."
+        )
+    decoded = folder / "decoded.pt"
+    if not decoded.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save([_decode(ImageFolder(str(Path(source) / part))) for part in ("train", "test")], decoded)
+    train, test = torch.load(decoded)
+    return train, test
+
+
+def _decode(images: ImageFolder) -> Images:
+    return torch.stack([pil_to_tensor(image) for image, _ in images]), torch.tensor(images.targets)
+
+
+def _digits() -> tuple[Images, Images]:
+    """1437 and 360 images of 16×16, in a split that is always the same."""
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) * (255 / 16)
+    x = F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False).round().byte()
+    y = torch.tensor(labels, dtype=torch.int64)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1437], order[1437:]
+    return (x[train], y[train]), (x[test], y[test])
+
+
+def batches(images: Images, batch_size: int, train: bool) -> DataLoader[Images]:
+    """Batches of uint8 images, made in one piece; for training shuffled, without the incomplete last one."""
+    dataset = TensorDataset(*images)
+    sampler = RandomSampler(dataset) if train else SequentialSampler(dataset)
+    return DataLoader(dataset, sampler=BatchSampler(sampler, batch_size, drop_last=train), batch_size=None)  # type: ignore[arg-type]
+
+
+class Preprocessing:
+    """Makes float images of uint8 ones: normalised with the training set's statistics, and augmented for training.
+
+    Args:
+        images: those of the training set (N, C, H, W).
+        augment: whether to crop (with padding 4) and flip training images at random; not for digits.
+    """
+
+    def __init__(self, images: Tensor, augment: bool) -> None:
+        sample = images[:10_000].float() / 255
+        self.mean = sample.mean((0, 2, 3)).view(-1, 1, 1)
+        self.std = sample.std((0, 2, 3)).view(-1, 1, 1)
+        self.augment = augment
+
+    def __call__(self, images: Tensor, train: bool) -> Tensor:
+        """(N, C, H, W), uint8 -> float32."""
+        x = (images.float() / 255 - self.mean.to(images.device)) / self.std.to(images.device)
+        return _crop_and_flip(x) if train and self.augment else x
+
+
+def _crop_and_flip(x: Tensor, padding: int = 4) -> Tensor:
+    n, _, height, width = x.shape
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=x.device)
+    columns = torch.arange(width, device=x.device)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns, columns.flip(0)) + left
+    rows = torch.arange(height, device=x.device) + top
+    padded = F.pad(x, (padding,) * 4).permute(0, 2, 3, 1)
+    crop = padded[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return crop.permute(0, 3, 1, 2).contiguous()
