@@ -18,6 +18,7 @@ import argparse
 import csv
 import logging
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Iterable
@@ -26,14 +27,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from image_data import Images, Preprocessing, batches, load
-from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
 
 from lightning_dgl import Asynchronous, DGLModule, DGLStrategy
+
+try:
+    from image_data import Images, Preprocessing, batches, load
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f'{error}. This example needs scikit-learn and matplotlib: pip install "lightning-dgl[examples]"')
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", ".*(does not have many workers|GPU available but not used|LeafSpec).*")

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_dgl import Asynchronous, DGLModule, DGLStrategy, ReplayBuffer
+from lightning_dgl import Asynchronous, BlockMonitor, DGLModule, DGLStrategy, ReplayBuffer
 from tests.conftest import loader, small_cnn
 from tests.test_precision import PRECISIONS
 from tests.test_synchronous import CUTS, pieces, sgd, step_lr
@@ -424,3 +424,63 @@ def test_buffers_are_empty_when_a_run_starts() -> None:
     updates_of(schedule, num_blocks=3, num_batches=5)
     schedule.start(range(3), 3, seed=0)
     assert all(isinstance(buffer, ReplayBuffer) and len(buffer) == 0 for buffer in schedule.buffers.values())
+
+
+# What BlockMonitor sees
+
+
+class Monitored(L.Callback):
+    """Keeps what BlockMonitor logs, step by step, and what the progress bar shows."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.bar: set[str] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        names = [name for name in trainer.callback_metrics if name.startswith("monitor/")]
+        self.steps.append({name: trainer.callback_metrics[name].item() for name in names})
+        self.bar |= set(trainer.progress_bar_metrics)
+
+
+def test_monitor_logs_updates_ages_and_reuse_of_every_block(make_trainer: Callable[..., L.Trainer]) -> None:
+    # Block 1 reads what block 0 has just made, then the same again.
+    schedule = InOrder([2, 1, 1, 0], buffer_size=1)
+    module = make_module(num_blocks=4, split_at=["2", "6"])
+    seen = Monitored()
+    trainer = make_trainer(
+        strategy=DGLStrategy(schedule), callbacks=[BlockMonitor(), seen], log_every_n_steps=1, max_epochs=2
+    )
+    trainer.fit(module, data())
+    last, before = seen.steps[-1], seen.steps[-2]
+    assert [last[f"monitor/updates_block{j}"] for j in range(3)] == [progress.updates for progress in module.progress]
+    assert last["monitor/updates_block1"] - before["monitor/updates_block1"] == 2
+    assert last["monitor/reuse_block1"] == 0.5
+    assert last["monitor/age_mean_block1"] == last["monitor/age_max_block1"] == 0
+    assert [last[f"monitor/buffer_batches_block{j}"] for j in (1, 2)] == [1, 1]
+    assert last["monitor/buffer_bytes_block1"] == schedule.buffers[1].nbytes
+    assert all(last[f"monitor/samples_per_second_block{j}"] > 0 for j in range(3))
+    assert "monitor/age_mean_block0" not in last
+    assert {name for name in seen.bar if name.startswith("monitor/")} == {"monitor/age"}
+
+
+def test_monitor_measures_the_age_in_steps_of_the_predecessor(make_trainer: Callable[..., L.Trainer]) -> None:
+    # With each batch used once at most, block 1 goes back from the newest batch to older ones.
+    seen = Monitored()
+    trainer = make_trainer(
+        strategy=DGLStrategy(InOrder([0, 0, 1, 1, 1, 0], buffer_size=8, max_reuse=1)),
+        callbacks=[BlockMonitor(), seen],
+        log_every_n_steps=1,
+        max_epochs=1,
+    )
+    trainer.fit(make_module(num_blocks=2), data())
+    # Batches 0 and 1 were used in the warm-up; then three turns on 4, 3 and 2.
+    assert (seen.steps[-1]["monitor/age_mean_block1"], seen.steps[-1]["monitor/age_max_block1"]) == (1, 2)
+
+
+def test_monitor_works_with_the_synchronous_schedule(make_trainer: Callable[..., L.Trainer]) -> None:
+    for strategy in ("dgl", "auto"):
+        seen = Monitored()
+        trainer = make_trainer(strategy=strategy, callbacks=[BlockMonitor(), seen], log_every_n_steps=1)
+        trainer.fit(make_module(), data(), data())
+        assert {name.split("_block")[0] for name in seen.steps[-1]} == {"monitor/updates", "monitor/samples_per_second"}
+        assert seen.steps[-1]["monitor/updates_block3"] == BATCHES
