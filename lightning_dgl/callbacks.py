@@ -51,40 +51,46 @@ class BlockMonitor(Callback):
     """
 
     def __init__(self) -> None:
-        self._since = 0.0
+        # At the step that was logged before:
+        self._time = 0.0
+        self._step = 0
         self._samples: list[int] = []
-        self._sent = (0, 0)
+        self._bytes = 0
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart(pl_module)  # type: ignore[arg-type]
+        self._restart(trainer, pl_module)  # type: ignore[arg-type]
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart(pl_module)  # type: ignore[arg-type]
+        self._restart(trainer, pl_module)  # type: ignore[arg-type]
 
-    def _restart(self, module: DGLModule) -> None:
-        self._since = time.monotonic()
+    def _restart(self, trainer: Trainer, module: DGLModule) -> None:
+        outbox = _stage(trainer, module).outbox
+        self._time, self._step = time.monotonic(), trainer.global_step
         self._samples = [progress.samples for progress in module.progress]
+        self._bytes = 0 if outbox is None else outbox.bytes_sent
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer._logger_connector.should_update_logs:
+        if not trainer._logger_connector.should_update_logs or trainer.fit_loop._should_accumulate():
             return
-        stage: Stage = getattr(trainer.strategy, "stage", None) or Stage(range(pl_module.num_blocks))  # type: ignore[arg-type]
-        values = self._measure(pl_module, stage, getattr(trainer.strategy, "schedule", None), trainer.global_step)  # type: ignore[arg-type]
-        self._restart(pl_module)  # type: ignore[arg-type]
+        values = self._measure(trainer, pl_module)  # type: ignore[arg-type]
+        self._restart(trainer, pl_module)  # type: ignore[arg-type]
+        stage = _stage(trainer, pl_module)  # type: ignore[arg-type]
         if stage.is_first:
             for name, value in values.items():
                 pl_module.log(name, value, prog_bar=name == "monitor/age", batch_size=1)
         else:
             stage.report(Report(trainer.global_step - 1, values | {"epoch": trainer.current_epoch}))
 
-    def _measure(self, module: DGLModule, stage: Stage, schedule: Schedule | None, step: int) -> dict[str, float]:
+    def _measure(self, trainer: Trainer, module: DGLModule) -> dict[str, float]:
+        stage = _stage(trainer, module)
+        schedule: Schedule | None = getattr(trainer.strategy, "schedule", None)
         values: dict[str, float] = {}
-        elapsed = max(time.monotonic() - self._since, 1e-9)
+        elapsed = max(time.monotonic() - self._time, 1e-9)
         for j in stage.blocks:
             progress = module.progress[j]
             values[f"updates_block{j}"] = progress.updates
@@ -102,12 +108,14 @@ class BlockMonitor(Callback):
             values[f"buffer_batches_block{j}"] = len(buffer)
             values[f"buffer_bytes_block{j}"] = buffer.nbytes
         if stage.outbox is not None:
-            last, sent = stage.blocks[-1], stage.outbox.bytes_sent
+            last, num_steps = stage.blocks[-1], max(trainer.global_step - self._step, 1)
             values[f"drops_block{last}"] = stage.outbox.num_dropped
-            before, at = self._sent
-            values[f"bytes_per_step_block{last}"] = (sent - before) / max(step - at, 1)
-            self._sent = (sent, step)
+            values[f"bytes_per_step_block{last}"] = (stage.outbox.bytes_sent - self._bytes) / num_steps
         return {f"monitor/{name}": float(value) for name, value in values.items()}
+
+
+def _stage(trainer: Trainer, module: DGLModule) -> Stage:
+    return getattr(trainer.strategy, "stage", None) or Stage(range(module.num_blocks))
 
 
 def block_table(module: DGLModule) -> Table:
