@@ -2,6 +2,7 @@
 
 from lightning_dgl._version import __version__
 from lightning_dgl.callbacks import BlockMonitor, BlockSummary
+from lightning_dgl.codecs import Message, VectorQuantizer
 from lightning_dgl.distributed import RankFailedError
 from lightning_dgl.heads import CNNHead, LinearHead, MLPHead, MLPSRHead
 from lightning_dgl.module import DGLModule, NonFiniteLossError
@@ -20,6 +21,7 @@ __all__ = [
     "LinearHead",
     "MLPHead",
     "MLPSRHead",
+    "Message",
     "NonFiniteLossError",
     "RankFailedError",
     "ReplayBuffer",
@@ -27,6 +29,7 @@ __all__ = [
     "SplitError",
     "SplitPoint",
     "Synchronous",
+    "VectorQuantizer",
     "__version__",
     "find_split_points",
     "split",

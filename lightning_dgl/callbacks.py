@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,11 +14,12 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
+from lightning_dgl.codecs import VectorQuantizer
 from lightning_dgl.distributed import Report, Stage
 from lightning_dgl.schedules import Schedule
 
 if TYPE_CHECKING:
-    from lightning_dgl.module import DGLModule
+    from lightning_dgl.module import BlockTraffic, DGLModule
 
 
 class BlockSummary(Callback):
@@ -45,7 +47,11 @@ class BlockMonitor(Callback):
       predecessor had taken after making it; ``monitor/reuse``: how often it had trained on it before, on average;
     - ``monitor/buffer_batches`` and ``monitor/buffer_bytes``: what its replay buffer holds;
     - ``monitor/drops``: outputs that its successor was too slow to take, and ``monitor/bytes_per_step``: what it sent,
-      where its successor is on another rank.
+      where its successor is on another rank;
+    - ``monitor/compression``: how much smaller a codec makes what it hands on, targets and headers counted in;
+      ``monitor/encode_share`` and ``monitor/decode_share``: the share of the time that coding takes (on an accelerator,
+      of the host's); ``monitor/codebook_perplexity`` and ``monitor/quantization_error``, see
+      :class:`~lightning_dgl.VectorQuantizer`.
 
     The progress bar shows ``monitor/age``, the last block's mean age, with an asynchronous schedule.
     """
@@ -56,6 +62,7 @@ class BlockMonitor(Callback):
         self._step = 0
         self._samples: list[int] = []
         self._bytes = 0
+        self._traffic: list[BlockTraffic] = []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,6 +76,7 @@ class BlockMonitor(Callback):
         outbox = _stage(trainer, module).outbox
         self._time, self._step = time.monotonic(), trainer.global_step
         self._samples = [progress.samples for progress in module.progress]
+        self._traffic = [replace(traffic) for traffic in module.traffic]
         self._bytes = 0 if outbox is None else outbox.bytes_sent
 
     @override
@@ -95,6 +103,7 @@ class BlockMonitor(Callback):
             progress = module.progress[j]
             values[f"updates_block{j}"] = progress.updates
             values[f"samples_per_second_block{j}"] = (progress.samples - self._samples[j]) / elapsed
+            values |= {f"{name}_block{j}": value for name, value in self._coding(trainer, module, j, elapsed).items()}
             buffer = None if schedule is None else schedule.buffers.get(j)
             if buffer is None:
                 continue
@@ -112,6 +121,19 @@ class BlockMonitor(Callback):
             values[f"drops_block{last}"] = stage.outbox.num_dropped
             values[f"bytes_per_step_block{last}"] = (stage.outbox.bytes_sent - self._bytes) / num_steps
         return {f"monitor/{name}": float(value) for name, value in values.items()}
+
+    def _coding(self, trainer: Trainer, module: DGLModule, block: int, elapsed: float) -> dict[str, float]:
+        now, before = module.traffic[block], self._traffic[block]
+        values: dict[str, float] = {}
+        if now.decode_seconds > before.decode_seconds:
+            values["decode_share"] = (now.decode_seconds - before.decode_seconds) / elapsed
+        if now.batches > before.batches:
+            values["encode_share"] = (now.encode_seconds - before.encode_seconds) / elapsed
+            values["compression"] = (now.raw_bytes - before.raw_bytes) / (now.encoded_bytes - before.encoded_bytes)
+            codec = trainer.strategy.codecs[block]  # type: ignore[attr-defined]
+            if isinstance(codec, VectorQuantizer):
+                values |= {"codebook_perplexity": codec.perplexity, "quantization_error": codec.error}
+        return values
 
 
 def _stage(trainer: Trainer, module: DGLModule) -> Stage:

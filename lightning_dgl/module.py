@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
 from lightning.pytorch.plugins import MixedPrecision
@@ -28,13 +30,14 @@ from lightning_dgl.checks import (
     number_of_classes,
     one_per_block,
 )
+from lightning_dgl.codecs import HEADER_BYTES, Codec, Message
 from lightning_dgl.distributed import Address, Report, Stage, StageBatch
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.local_step import LocalStep, deliver, local_gradients
 from lightning_dgl.metrics import BlockMetrics, add_vote, ensemble, is_headline, metric_collection
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.random_streams import RandomStreams, get_random_state, set_random_state
-from lightning_dgl.schedules import Schedule, Synchronous
+from lightning_dgl.schedules import Activation, Schedule, Synchronous
 from lightning_dgl.splitting import (
     Block,
     SplitPoint,
@@ -60,6 +63,25 @@ class BlockProgress:
 
     updates: int = 0
     samples: int = 0
+
+
+@dataclass
+class BlockTraffic:
+    """What encoding a block's output, and decoding its input, has come to.
+
+    Attributes:
+        batches: how many outputs were encoded.
+        raw_bytes: bytes of these outputs.
+        encoded_bytes: bytes of the messages, with targets and headers.
+        encode_seconds: host time for learning and encoding.
+        decode_seconds: host time for decoding what the block was given.
+    """
+
+    batches: int = 0
+    raw_bytes: int = 0
+    encoded_bytes: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 class NonFiniteLossError(RuntimeError):
@@ -111,6 +133,7 @@ class DGLModule(LightningModule):
         block_names: what each block contains, "first module to last module".
         split_points: the J - 1 places where the network was cut.
         progress: how far the training of each block has come; of the blocks that this process trains.
+        traffic: what a codec has made of each block's output, since the last fit began; of the same blocks.
 
     Raises:
         SplitError: if the network cannot be split as asked.
@@ -187,6 +210,7 @@ class DGLModule(LightningModule):
         self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
         self._metrics = nn.ModuleDict()
         self.progress = [BlockProgress() for _ in range(num_blocks)]
+        self.traffic = [BlockTraffic() for _ in range(num_blocks)]
         self._skipped = [0] * num_blocks
         self._stepped: list[int] = []  # the blocks that Lightning is to update after this training step
         self._unused_parameters = self._parameters_in_no_block()
@@ -289,7 +313,8 @@ class DGLModule(LightningModule):
         steps: dict[int, LocalStep] = {}
         parameters = self._trained_parameters()
 
-        def local_step(block: int, x: Tensor, y: Tensor) -> Tensor:
+        def local_step(block: int, given: Activation, y: Tensor) -> Activation:
+            x = self._decoded(block, given)
             if self._is_finished(block):
                 return self._pass_on(block, x, y, address)
             if block in steps:  # each block's last step is Lightning's to take, those before it are taken at once
@@ -297,15 +322,16 @@ class DGLModule(LightningModule):
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers_to_restore(block)]
             with streams.of(block, self.device):
                 output = self.blocks[block](x)
+                handed_on = self._encoded(block, output, y, learn=True)
                 if block == stage.blocks[-1]:
-                    stage.hand_on(address, (output, y))  # before this block's backward: the next stage need not wait
+                    stage.hand_on(address, (handed_on, y))  # before its backward: the next stage need not wait
                 scores = self._score(block, output)
                 loss = self.local_loss(block, scores, y)
                 gradients = local_gradients(self._scaled(block, loss), parameters[block])
             steps[block] = LocalStep(loss.detach(), scores.detach(), y, parameters[block], gradients, buffers)
             self.progress[block].updates += 1
             self.progress[block].samples += len(x)
-            return output.detach()
+            return handed_on
 
         self._schedule.step(local_step, stage.blocks, inputs, targets)
         self._undo_nonfinite(steps)
@@ -332,13 +358,49 @@ class DGLModule(LightningModule):
         epochs = self._schedule.epochs_per_block
         return epochs is not None and self.progress[block].updates >= epochs * self.trainer.num_training_batches
 
-    def _pass_on(self, block: int, x: Tensor, targets: Tensor, address: Address) -> Tensor:
+    def _pass_on(self, block: int, x: Tensor, targets: Tensor, address: Address) -> Activation:
         """The output of a block that trains no longer."""
         with torch.no_grad(), in_mode(self.blocks[block], training=False):
-            output = self.blocks[block](x)
+            output = self._encoded(block, self.blocks[block](x), targets, learn=False)
         if block == self._stage.blocks[-1]:
             self._stage.hand_on(address, (output, targets))
         return output
+
+    def _encoded(self, block: int, output: Tensor, targets: Tensor, learn: bool) -> Activation:
+        """What the next block gets of this one's detached output; the sender trains the codec."""
+        codec = self._codec_of(block)
+        output = output.detach()
+        if codec is None:
+            return output
+        began = time.perf_counter()
+        try:
+            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+                if learn:
+                    codec.update(output)
+                message = codec.encode(output)
+        except (ValueError, TypeError) as error:
+            raise type(error)(
+                f"The codec cannot encode the output of block {block} ({self.block_names[block]}) at step "
+                f"{self.global_step}: {error}"
+            ) from error
+        traffic = self.traffic[block]
+        traffic.batches += 1
+        traffic.raw_bytes += output.nbytes
+        traffic.encoded_bytes += message.nbytes + targets.nbytes + HEADER_BYTES
+        traffic.encode_seconds += time.perf_counter() - began
+        return message
+
+    def _decoded(self, block: int, given: Activation) -> Tensor:
+        if not isinstance(given, Message):
+            return given
+        began = time.perf_counter()
+        x = given.decode()
+        self.traffic[block].decode_seconds += time.perf_counter() - began
+        return x
+
+    def _codec_of(self, block: int) -> Codec | None:
+        codecs = getattr(self.trainer.strategy, "codecs", None)
+        return codecs[block] if codecs and block < len(codecs) else None
 
     def address(self, batch_idx: int, dataloader_idx: int = 0) -> Address:
         """Which batch a stage has come to, while a Trainer runs."""
@@ -656,6 +718,7 @@ class DGLModule(LightningModule):
             )
         if self.trainer.global_step == 0 and self._random_state is None:  # not resumed
             self.progress = [BlockProgress() for _ in range(self.num_blocks)]
+        self.traffic = [BlockTraffic() for _ in range(self.num_blocks)]
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
@@ -706,18 +769,20 @@ class DGLModule(LightningModule):
                 None if streams is None else streams[j],
                 scalers["blocks"][j] if scalers else None,
                 asdict(self.progress[j]),
+                None if (codec := self._codec_of(j)) is None else move_data_to_device(codec.state_dict(), "cpu"),
             )
             for j in blocks
         }
         everyones = self._stage.merge(own)
         of_blocks = [everyones[j] for j in range(self.num_blocks)]
-        random_state["blocks"] = [stream for stream, _, _ in of_blocks]
+        random_state["blocks"] = [stream for stream, _, _, _ in of_blocks]
         if scalers:
-            scalers["blocks"] = [scaler for _, scaler, _ in of_blocks]
+            scalers["blocks"] = [scaler for _, scaler, _, _ in of_blocks]
         checkpoint["lightning_dgl"] = {
             "block_names": self.block_names,
             "random_state": random_state,
-            "progress": [progress for _, _, progress in of_blocks],
+            "progress": [progress for _, _, progress, _ in of_blocks],
+            "codecs": [codec for _, _, _, codec in of_blocks],
             "schedule": self._schedule.state_dict(),
         }
 
@@ -736,6 +801,10 @@ class DGLModule(LightningModule):
             self._random_state = saved["random_state"]
             self.progress = [BlockProgress(**progress) for progress in saved.get("progress", [])] or self.progress
             self._schedule.load_state_dict(saved.get("schedule", {}))
+            for j, state in enumerate(saved.get("codecs", [])):
+                codec = self._codec_of(j)
+                if codec is not None and state is not None:
+                    codec.load_state_dict(state)
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_dgl._version import __version__
+from lightning_dgl.codecs import Codec
 from lightning_dgl.module import DGLModule
 from lightning_dgl.schedules import Schedule
 
@@ -27,7 +28,9 @@ _TRAINER_FLAGS = (
 )
 
 
-def fingerprint(module: DGLModule, schedule: Schedule, num_replicas: int) -> dict[str, Any]:
+def fingerprint(
+    module: DGLModule, schedule: Schedule, codecs: Sequence[Codec | None], num_replicas: int
+) -> dict[str, Any]:
     """What must be the same on every rank, by how messages call it."""
     return {
         "lightning-dgl": __version__,
@@ -36,6 +39,7 @@ def fingerprint(module: DGLModule, schedule: Schedule, num_replicas: int) -> dic
         "the list of blocks": module.block_names,
         "the network": {name: f"{tuple(p.shape)}, {p.dtype}" for name, p in module.named_parameters()},
         "schedule": type(schedule).__name__,
+        "codec": [repr(codec) for codec in codecs],
         "data_parallel_size": num_replicas,
     } | {f"Trainer({flag})": getattr(module.trainer, flag) for flag in _TRAINER_FLAGS}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dgl.checks import check_at_least
+from lightning_dgl.codecs import Message
 
 
 @dataclass
@@ -15,13 +17,13 @@ class Entry:
     """A batch in a replay buffer.
 
     Attributes:
-        activation: the predecessor's detached output (N, ...).
+        activation: the predecessor's detached output (N, ...), or what a codec made of it.
         targets: of these samples (N, ...).
         step: of the predecessor, when it made the batch.
         uses: how often the batch was read.
     """
 
-    activation: Tensor
+    activation: Tensor | Message
     targets: Tensor
     step: int
     uses: int = 0
@@ -119,11 +121,11 @@ class ReplayBuffer:
             self.max_reuse is not None and min(entry.uses for entry in self._entries) >= self.max_reuse
         )
 
-    def put(self, activation: Tensor, targets: Tensor, step: int | None = None) -> None:
+    def put(self, activation: Tensor | Message, targets: Tensor, step: int | None = None) -> None:
         """Store a batch, in place of the oldest if the buffer is full; takes the same time however full it is.
 
         Args:
-            activation: the predecessor's output (N, ...), any dtype.
+            activation: the predecessor's output (N, ...), any dtype, or what a codec made of it.
             targets: of these samples (N, ...).
             step: of the predecessor; by default one more than that of the batch before.
 
@@ -140,14 +142,15 @@ class ReplayBuffer:
             self._check_like("targets", targets, self._entries[0].targets)
         self._origin = activation.device
         self._newest_step = self._newest_step + 1 if step is None else step
-        entry = Entry(self._stored(activation), self._stored(targets), self._newest_step)
+        stored = activation.map(self._stored) if isinstance(activation, Message) else self._stored(activation)
+        entry = Entry(stored, self._stored(targets), self._newest_step)
         if len(self._entries) < self.capacity:
             self._entries.append(entry)
         else:
             self._entries[self._oldest] = entry
             self._oldest = (self._oldest + 1) % self.capacity
 
-    def get(self) -> tuple[Tensor, Tensor]:
+    def get(self) -> tuple[Any, Tensor]:
         """The most recent of the least used batches, ``(activation, targets)``, on the device that it came from.
 
         Raises:
@@ -197,7 +200,7 @@ class ReplayBuffer:
         return tensor if self._device is None else tensor.to(self._device)
 
     @staticmethod
-    def _check_like(what: str, new: Tensor, old: Tensor) -> None:
+    def _check_like(what: str, new: Tensor | Message, old: Tensor | Message) -> None:
         if (new.shape[1:], new.dtype) != (old.shape[1:], old.dtype):
             raise ValueError(
                 f"All batches in a replay buffer have samples of one shape and dtype: {what} has "

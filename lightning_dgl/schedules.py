@@ -10,10 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dgl.checks import check_at_least
+from lightning_dgl.codecs import Message
 from lightning_dgl.replay import ReplayBuffer
 
-LocalStep = Callable[[int, Tensor, Tensor], Tensor]
-"""``(block, inputs, targets) -> output``: trains one block and returns its detached output."""
+Activation = Tensor | Message
+"""A block's output, as it is or as a codec made it."""
+
+LocalStep = Callable[[int, Activation, Tensor], Activation]
+"""``(block, inputs, targets) -> output``: trains one block and returns its detached output, encoded if it is to be."""
 
 
 class Schedule:
@@ -42,7 +46,7 @@ class Schedule:
             ValueError: if the schedule does not fit the blocks.
         """
 
-    def step(self, local_step: LocalStep, blocks: range, inputs: Tensor, targets: Tensor) -> None:
+    def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
         """Take the local steps that one batch calls for, of the consecutive ``blocks`` that this process holds.
 
         Here: one of each, in order, on ``inputs`` and what its predecessor makes of them.
@@ -158,12 +162,12 @@ class Asynchronous(Schedule):
         self._generator = torch.Generator().manual_seed(seed % 2**63)
 
     @override
-    def step(self, local_step: LocalStep, blocks: range, inputs: Tensor, targets: Tensor) -> None:
+    def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
         if not self.draws_blocks:
             super().step(local_step, blocks, inputs, targets)
             return
 
-        def train(block: int, x: Tensor, y: Tensor) -> None:
+        def train(block: int, x: Activation, y: Tensor) -> None:
             output = local_step(block, x, y)
             if block + 1 in self.buffers:
                 self.buffers[block + 1].put(output, y)

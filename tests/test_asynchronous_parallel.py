@@ -163,8 +163,8 @@ def test_a_stage_is_ahead_of_the_one_before_it_by_max_lead_at_most(job: Job) -> 
 
 
 def test_over_a_slow_link_the_freshest_outputs_win_and_nobody_waits(job: Job) -> None:
-    # The link takes 50 ms a message, a step 5 ms or so.
-    start(job, 2, Asynchronous(buffer_size=3), slow_link=(1, 0.05), seconds=0.005)
+    # The link takes 200 ms a message, a step some milliseconds.
+    start(job, 2, Asynchronous(buffer_size=3), slow_link=(1, 0.2))
     assert_all_agree(job.wait())
     sender, receiver = ends(job)
     assert sender["drops"] > BATCHES / 2
@@ -178,9 +178,7 @@ def test_a_slow_successor_does_not_hold_up_the_one_before_it(job: Job) -> None:
     assert steps(job, 1) == 5
     (job.folder / "go").touch()
     assert_all_agree(job.wait())
-    sender, receiver = ends(job)
-    assert sender["drops"] == 0  # the receiver's thread takes them; the buffer forgets the oldest
-    assert receiver["updates"] == [BATCHES] * 2
+    assert [end["updates"] for end in ends(job)] == [[BATCHES] * 2] * 2
 
 
 def test_a_stage_whose_batches_are_used_up_waits_for_another(job: Job) -> None:

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_dgl import DGLModule, DGLStrategy
+from lightning_dgl import DGLModule, DGLStrategy, VectorQuantizer
 from lightning_dgl.optim import BlockOptimizer
 from tests.conftest import loader, sgd, small_cnn, small_data
 from tests.test_checkpoints import ResumableLoader
@@ -142,6 +142,7 @@ def launch(make_trainer: MakeTrainer, tmp_path: Path) -> Launch:
         *,
         data_parallel_size: int = 1,
         prefetch: int = 2,
+        codec: Any = None,
         start_method: Literal["fork", "spawn"] = "fork",
         callbacks: Iterable[L.Callback] = (),
         **kwargs: Any,
@@ -149,10 +150,14 @@ def launch(make_trainer: MakeTrainer, tmp_path: Path) -> Launch:
         folder = tmp_path / f"run{next(numbers)}"
         folder.mkdir()
         strategy = DGLStrategy(
-            data_parallel_size=data_parallel_size, prefetch=prefetch, timeout=60, start_method=start_method
+            codec=codec,
+            data_parallel_size=data_parallel_size,
+            prefetch=prefetch,
+            timeout=60,
+            start_method=start_method,
         )
         defaults: dict[str, Any] = {
-            "strategy": strategy if num_ranks > 1 else DGLStrategy(),
+            "strategy": strategy if num_ranks > 1 else DGLStrategy(codec=codec),
             "devices": num_ranks,
             "max_epochs": 2,
             "logger": CSVLogger(folder, name="csv", version=0),
@@ -666,6 +671,57 @@ class Best(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         keep: Any = trainer.checkpoint_callback
         self.seen = Path(keep.best_model_path).name, keep.best_model_score
+
+
+# Codecs
+
+
+CODECS = {
+    "half": "half",
+    "quantizer": VectorQuantizer(16, 4),
+    "one for each boundary": [None, "half", VectorQuantizer(8, 2)],
+}
+
+
+class BytesSent(L.Callback):
+    """What this rank has sent when training ends."""
+
+    seen = 0
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        outbox = trainer.strategy.stage.outbox  # type: ignore[attr-defined]
+        self.seen = 0 if outbox is None else outbox.bytes_sent
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_codecs_do_the_same_on_any_number_of_ranks(codec: str, num_ranks: int, launch: Launch) -> None:
+    def run(num_ranks: int) -> Run:
+        keep = ModelCheckpoint(save_last=True)
+
+        def act(trainer: L.Trainer) -> None:
+            fit(trainer, make_module(), (loader(38, shuffle=True), loader(20)))
+
+        return launch(num_ranks, act, codec=CODECS[codec], callbacks=[keep], enable_checkpointing=True)
+
+    one, several = run(1), run(num_ranks)
+    assert_same_outcome(several, one)
+    last, expected = (comparable(run.checkpoints["last.ckpt"]) for run in (several, one))
+    assert differences(last["lightning_dgl"], expected["lightning_dgl"]) == []
+
+
+def test_links_carry_what_codecs_make(launch: Launch) -> None:
+    def bytes_sent(codec: Any) -> int:
+        run = launch(
+            2, lambda trainer: fit(trainer, make_module(), (loader(40),)), codec=codec, callbacks=[BytesSent()]
+        )
+        return int(run.ranks[0]["seen"][0])
+
+    activation, labels, header = 8 * 8 * 64 * 4, 8 * 8, 512
+    steps = 2 * 5
+    assert bytes_sent(None) == steps * (header + activation + labels)
+    assert bytes_sent("half") == steps * (header + activation // 2 + labels)
+    assert bytes_sent(VectorQuantizer(16, 4)) == steps * (header + activation // 16 + 16 * 4 * 4 + labels)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

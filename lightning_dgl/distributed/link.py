@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dgl.codecs import HEADER_BYTES, Message, tensors_of
 from lightning_dgl.distributed.watchdog import Watchdog
 from lightning_dgl.replay import ReplayBuffer
 
@@ -30,7 +31,7 @@ _DTYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 ]
-_HEADER_SIZE = 64
+_HEADER_SIZE = HEADER_BYTES // 8
 _CLOSE = -1
 
 
@@ -52,19 +53,19 @@ class StageBatch:
 
     Attributes:
         address: which batch of data.
-        tensors: the previous stage's detached output (N, ...); targets, except in prediction; and in evaluation the
-            ensemble's votes (N, classes), float32. All on this rank's device.
+        tensors: the previous stage's detached output (N, ...), in training as a codec made it; targets, except in
+            prediction; and in evaluation the ensemble's votes (N, classes), float32. All on this rank's device.
         is_replayed: whether it comes from a replay buffer, and so may be of any earlier batch.
     """
 
-    def __init__(self, address: Address, tensors: Sequence[Tensor], is_replayed: bool = False) -> None:
+    def __init__(self, address: Address, tensors: Sequence[Any], is_replayed: bool = False) -> None:
         self.address = address
         self.tensors = tensors
         self.is_replayed = is_replayed
 
     def __iter__(self) -> Iterator[Tensor]:
         """The tensors: Lightning looks there for the size of a batch."""
-        return iter(self.tensors)
+        return iter(tensors_of(self.tensors))
 
     def expect(self, address: Address) -> None:
         """Raise RuntimeError unless this is the batch that this rank has come to."""
@@ -123,11 +124,11 @@ class Outbox(_End):
     bytes_sent = 0
     num_dropped = 0
 
-    def put(self, address: Address, tensors: Sequence[Tensor]) -> None:
+    def put(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
         """Send ``tensors`` as what this stage makes of the batch at ``address``; they must not change any more."""
         self._put(self._item(address, tensors))
 
-    def offer(self, address: Address, tensors: Sequence[Tensor]) -> None:
+    def offer(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
         """As :meth:`put`, but never wait: what waits already gives way, and is dropped."""
         item = self._item(address, tensors)
         self._watchdog.check()
@@ -140,7 +141,7 @@ class Outbox(_End):
                     self._queue.get_nowait()
                     self.num_dropped += 1
 
-    def _item(self, address: Address, tensors: Sequence[Tensor]) -> Any:
+    def _item(self, address: Address, tensors: Sequence[Tensor | Message]) -> Any:
         event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
         return address, [tensor.detach() for tensor in tensors], event
 
@@ -171,18 +172,19 @@ class Outbox(_End):
         while True:
             item = self._queue.get()
             if item is None:
-                self._send(_header(None, ()))
+                self._send(_header(None, None, ()))
                 return
-            address, tensors, event = item
+            address, items, event = item
             if event is not None:
                 event.wait()
-            tensors = [_dense(tensor if self._direct else tensor.cpu()) for tensor in tensors]
-            self._send(_header(address, tensors))
+            message = items[0] if isinstance(items[0], Message) else None
+            tensors = [_dense(tensor if self._direct else tensor.cpu()) for tensor in tensors_of(items)]
+            self._send(_header(address, message, tensors))
             for tensor in tensors:
                 self._send(_flat(tensor))
             if self._on_accelerator:  # the tensors' memory may be used anew once they are sent
                 torch.get_device_module(self._device).current_stream().synchronize()
-            del item, tensors
+            del item, items, message, tensors
 
     def _send(self, tensor: Tensor) -> None:
         dist.send(tensor, self._peer, group=self._group)
@@ -218,7 +220,7 @@ class Inbox(_End):
     def _usable(self, batch: StageBatch) -> StageBatch:
         if self._on_accelerator:
             stream = torch.get_device_module(self._device).current_stream()
-            for tensor in batch.tensors:
+            for tensor in batch:
                 tensor.record_stream(stream)
         return batch
 
@@ -258,7 +260,7 @@ class Inbox(_End):
     def _receive(self) -> StageBatch | None:
         header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
         dist.recv(header, self._peer, group=self._group)
-        address, layouts = _read_header(header)
+        address, encoding, layouts = _read_header(header)
         if address is None:
             return None
         device = self._device if self._direct else "cpu"
@@ -269,7 +271,12 @@ class Inbox(_End):
             tensors = [tensor.to(self._device) for tensor in tensors]
         if self._on_accelerator:
             torch.get_device_module(self._device).current_stream().synchronize()
-        return StageBatch(address, tensors)
+        if encoding is None:
+            return StageBatch(address, tensors)
+        activation = Message(
+            tensors[0], tensors[1] if encoding.has_codebook else None, encoding.dtype, encoding.version
+        )
+        return StageBatch(address, [activation, *tensors[len(activation.tensors) :]])
 
 
 class ReplayInbox(Inbox):
@@ -396,24 +403,41 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _header(address: Address | None, tensors: Sequence[Tensor]) -> Tensor:
+class _Encoding(NamedTuple):
+    """How the first tensors stand for the activation, if they are a codec's message."""
+
+    version: int
+    dtype: torch.dtype
+    has_codebook: bool
+
+
+def _header(address: Address | None, message: Message | None, tensors: Sequence[Tensor]) -> Tensor:
     if address is None:
         words = [_CLOSE]
     else:
-        words = [_PHASES.index(address.phase), *address[1:], len(tensors)]
+        words = [_PHASES.index(address.phase), *address[1:]]
+        if message is None:
+            words += [0, 0, 0]
+        else:
+            words += [message.version, _DTYPES.index(message.dtype), int(message.codebook is not None)]
+        words.append(len(tensors))
         for tensor in tensors:
             words += [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, *tensor.stride()]
     return torch.tensor(words + [0] * (_HEADER_SIZE - len(words)), dtype=torch.int64)
 
 
-def _read_header(header: Tensor) -> tuple[Address | None, list[tuple[torch.dtype, list[int], list[int]]]]:
+def _read_header(
+    header: Tensor,
+) -> tuple[Address | None, _Encoding | None, list[tuple[torch.dtype, list[int], list[int]]]]:
     words = iter(header.tolist())
     phase = next(words)
     if phase == _CLOSE:
-        return None, []
+        return None, None, []
     address = Address(_PHASES[phase], next(words), next(words), next(words), next(words))
+    version, dtype, has_codebook = next(words), _DTYPES[next(words)], bool(next(words))
+    encoding = _Encoding(version, dtype, has_codebook) if version else None
     layouts = []
     for _ in range(next(words)):
         dtype, ndim = _DTYPES[next(words)], next(words)
         layouts.append((dtype, [next(words) for _ in range(ndim)], [next(words) for _ in range(ndim)]))
-    return address, layouts
+    return address, encoding, layouts

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import Store
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_dgl.codecs import Message
 from lightning_dgl.distributed.groups import Groups
 from lightning_dgl.distributed.link import Address, Inbox, Outbox, Replay, ReplayInbox, StageBatch
 from lightning_dgl.distributed.watchdog import Watchdog
@@ -54,7 +55,7 @@ class Stage:
         """The ranks that train each block; an empty list where that is the only one, or every one."""
         return []
 
-    def hand_on(self, address: Address, tensors: Sequence[Tensor]) -> None:
+    def hand_on(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
         """Send what this stage makes of a batch to the next stage."""
 
     def merge(self, values: Mapping[T, Any]) -> dict[T, Any]:
@@ -142,7 +143,7 @@ class DistributedStage(Stage):
         return [columns[stage] for stage, blocks in enumerate(self.assignment) for _ in blocks]
 
     @override
-    def hand_on(self, address: Address, tensors: Sequence[Tensor]) -> None:
+    def hand_on(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
         if self.outbox is not None:
             if self._is_asynchronous and address.phase == RunningStage.TRAINING.value:
                 self.outbox.offer(address, tensors)

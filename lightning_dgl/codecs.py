@@ -1,0 +1,427 @@
+"""Codecs: make smaller what crosses a boundary between blocks, in the wire and in the replay buffer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_dgl.checks import check_at_least
+
+VERSION = 1
+"""Of messages; one of another version is refused."""
+
+HEADER_BYTES = 512
+"""What says on the wire which batch a message is of, and how its tensors look."""
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A block's output, encoded. It needs nothing else to be decoded, so that a receiver has no state to keep.
+
+    Attributes:
+        codes: (N, C, ...) in half precision; or (N, C / code_dim, ...), uint8 for up to 256 codes, else int16.
+        codebook: (num_codes, code_dim), float32, which ``codes`` index; None in half precision.
+        dtype: of what it decodes to.
+        version: of this format.
+    """
+
+    codes: Tensor
+    codebook: Tensor | None
+    dtype: torch.dtype
+    version: int = VERSION
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What there is to store or send."""
+        return (self.codes,) if self.codebook is None else (self.codes, self.codebook)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the codebook."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what it decodes to."""
+        code_dim = 1 if self.codebook is None else self.codebook.shape[1]
+        return torch.Size([self.codes.shape[0], self.codes.shape[1] * code_dim, *self.codes.shape[2:]])
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of what it decodes to."""
+        return self.codes.ndim
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    def __len__(self) -> int:
+        """N, the number of samples."""
+        return len(self.codes)
+
+    def detach(self) -> Message:
+        """The message: it never has a graph."""
+        return self
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Message:
+        """The message of what ``function`` makes of its tensors, such as copies on another device."""
+        codebook = None if self.codebook is None else function(self.codebook)
+        return Message(function(self.codes), codebook, self.dtype, self.version)
+
+    def to(self, *args: Any, **kwargs: Any) -> Message:
+        """A copy on another device, as ``Tensor.to`` makes."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def decode(self) -> Tensor:
+        """The tensor (N, C, ...), in ``dtype``, as near to the one that was encoded as the codec gets.
+
+        Raises:
+            ValueError: for a message of another version.
+        """
+        if self.version != VERSION:
+            raise ValueError(
+                f"The message is of version {self.version}, this is version {VERSION}. Run the same version of "
+                "lightning-dgl on every rank."
+            )
+        if self.codebook is None:
+            return self.codes.to(self.dtype)
+        vectors = F.embedding(self.codes.int(), self.codebook)  # (N, C / code_dim, ..., code_dim)
+        return vectors.movedim(-1, 2).reshape(self.shape).to(self.dtype)
+
+
+def tensors_of(items: Iterable[Tensor | Message]) -> list[Tensor]:
+    """The tensors, and those that messages hold."""
+    return [tensor for item in items for tensor in (item.tensors if isinstance(item, Message) else (item,))]
+
+
+def decode(x: Tensor | Message) -> Tensor:
+    """``x``, decoded if it is a message."""
+    return x.decode() if isinstance(x, Message) else x
+
+
+class Codec(nn.Module):
+    """What makes messages of a block's outputs; the base of all codecs."""
+
+    def update(self, x: Tensor) -> None:
+        """Learn from a block's output (N, C, ...), before it is encoded; here: nothing."""
+
+    def encode(self, x: Tensor) -> Message:
+        """Make a message of a block's output (N, C, ...), floating-point."""
+        raise NotImplementedError
+
+    def decode(self, message: Message) -> Tensor:
+        """The tensor (N, C, ...) that a message stands for."""
+        return message.decode()
+
+
+class Half(Codec):
+    """Half precision (float16): half as many bytes as float32. Values beyond ±65504 become these."""
+
+    @override
+    def encode(self, x: Tensor) -> Message:
+        _check_float(x)
+        largest = torch.finfo(torch.float16).max
+        return Message(x.detach().clamp(-largest, largest).to(torch.float16), None, x.dtype)
+
+
+class VectorQuantizer(Codec):
+    """Online vector quantization (the 2021 paper's addition; its constants were not available, these are our own).
+
+    Channels are cut in groups of ``code_dim``; a group at one position is a vector, which is replaced by the number of
+    the nearest of ``num_codes`` codes, by Euclidean distance. One codebook serves all groups. It is learned online:
+    the first batch initialises it (k-means++ and a few steps of k-means), and every further one moves each code, by an
+    exponential moving average, towards the mean of the vectors it stands for. A code that hardly any vector is nearest
+    to is drawn anew, from vectors that are far from theirs. Of each batch 64 vectors a code, and 65536 at most, are
+    learned from, at random.
+
+    A float32 tensor becomes 4 · ``code_dim`` times smaller with 256 codes, the codebook apart, which each message holds
+    (8 KiB for 256 codes of 8).
+
+    Args:
+        num_codes: K, from 2 to 32768; up to 256 take a byte for each vector, more take two.
+        code_dim: D, channels of a vector; the number of channels must be a multiple.
+        decay: of the moving average, between 0 and 1.
+
+    Attributes:
+        codebook: (K, D), float32.
+        perplexity: of the codes' use in the last batch learned from, from 1 to K: how many are in equal use.
+        error: of that batch: squared distance to the codes over the vectors' variance; 0 is perfect.
+
+    Raises:
+        ValueError: for an argument that does not fit; the message names it, its value and the remedy.
+
+    Example::
+
+        >>> quantizer = VectorQuantizer(num_codes=16, code_dim=4)
+        >>> x = torch.randn(8, 32, 10, 10)
+        >>> quantizer.update(x)
+        >>> message = quantizer.encode(x)
+        >>> message.codes.shape, message.nbytes  # of 102400 bytes
+        (torch.Size([8, 8, 10, 10]), 6656)
+        >>> quantizer.decode(message).shape
+        torch.Size([8, 32, 10, 10])
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+    is_initialised: Tensor
+
+    def __init__(self, num_codes: int = 256, code_dim: int = 8, decay: float = 0.99) -> None:
+        super().__init__()
+        check_at_least("num_codes", num_codes, 2)
+        if num_codes > 32768:
+            raise ValueError(f"num_codes must be at most 32768, two bytes a vector, got {num_codes}.")
+        check_at_least("code_dim", code_dim, 1)
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be between 0 and 1, got {decay!r}.")
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.decay = decay
+        self.perplexity = float("nan")
+        self.error = float("nan")
+        self.register_buffer("codebook", torch.zeros(num_codes, code_dim))
+        self.register_buffer("counts", torch.zeros(num_codes))
+        self.register_buffer("sums", torch.zeros(num_codes, code_dim))
+        self.register_buffer("is_initialised", torch.tensor(False))
+
+    @override
+    def extra_repr(self) -> str:
+        return f"num_codes={self.num_codes}, code_dim={self.code_dim}, decay={self.decay}"
+
+    @override
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Learn from ``x`` (N, C, ...).
+
+        Raises:
+            ValueError: if C is not a multiple of ``code_dim``, or if a value is NaN or infinite; then the codebook
+                stays as it was.
+            TypeError: if ``x`` is not floating-point.
+        """
+        self._check(x)
+        if not torch.stack(torch.aminmax(x)).isfinite().all():  # NaN, too, shows in both
+            raise ValueError("x has values that are NaN or infinite; the codebook was left as it was.")
+        sample = self._sample(x)
+        if not self.is_initialised:
+            self.codebook.copy_(self._first_codes(sample))
+            self.is_initialised.fill_(True)
+            for _ in range(5):
+                self._learn(sample, decay=0.0)
+        self._learn(sample, self.decay)
+
+    @override
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Message:
+        """The message of ``x`` (N, C, ...): for each vector the nearest code.
+
+        Needs at most 8 MiB of memory (on an accelerator 128 MiB) besides ``x`` and the message.
+
+        Raises:
+            ValueError: if C is not a multiple of ``code_dim``.
+            TypeError: if ``x`` is not floating-point.
+            RuntimeError: before the first :meth:`update`.
+        """
+        self._check(x)
+        if not self.is_initialised:
+            raise RuntimeError("The codebook is empty: update(x) with a first batch before you encode.")
+        codes = nearest(self._vectors(x), self.codebook)
+        return Message(codes.view(len(x), -1, *x.shape[2:]), self.codebook.clone(), x.dtype)
+
+    @override
+    def decode(self, message: Message) -> Tensor:
+        """The tensor (N, C, ...) that ``message`` stands for, in the dtype that was encoded.
+
+        Raises:
+            ValueError: if the message is of another version, or of other codes than this quantizer's.
+        """
+        expected = (self.num_codes, self.code_dim)
+        if message.codebook is None or tuple(message.codebook.shape) != expected:
+            found = "no codebook" if message.codebook is None else f"a codebook of {tuple(message.codebook.shape)}"
+            raise ValueError(f"The message has {found}, this quantizer (num_codes, code_dim) = {expected}.")
+        return message.decode()
+
+    def _check(self, x: Tensor) -> None:
+        _check_float(x)
+        if x.ndim < 2 or x.shape[1] % self.code_dim or x.numel() == 0:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} cannot be cut in groups of code_dim={self.code_dim} channels: choose a "
+                "code_dim that divides the number of channels, C in (N, C, ...)."
+            )
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        """``x`` as (N, C / D, D, positions), without a copy where its memory format allows."""
+        positions = x[0, 0].numel()
+        return x.detach().reshape(len(x), x.shape[1], positions).view(len(x), -1, self.code_dim, positions)
+
+    def _sample(self, x: Tensor) -> Tensor:
+        """Vectors (M, D) at random places of ``x``, float32; all if there are few."""
+        vectors = self._vectors(x)
+        num_vectors = vectors.numel() // self.code_dim
+        wanted = min(64 * self.num_codes, 65536)
+        if num_vectors <= wanted:
+            return vectors.movedim(2, -1).reshape(-1, self.code_dim).float()
+        places = torch.randint(num_vectors, (wanted,), device=x.device)
+        _, num_groups, _, positions = vectors.shape
+        samples, groups = places // (num_groups * positions), places // positions % num_groups
+        return vectors[samples, groups, :, places % positions].float()
+
+    def _first_codes(self, sample: Tensor) -> Tensor:
+        """k-means++: each code is drawn with a probability proportional to the squared distance to those before it."""
+        if self.num_codes > 1024:  # one after another would take long
+            return sample[torch.randint(len(sample), (self.num_codes,), device=sample.device)]
+        codes = sample[torch.randint(len(sample), (1,), device=sample.device)]
+        distances = (sample - codes).square().sum(1)
+        for _ in range(self.num_codes - 1):
+            new = sample[_draw(distances, 1)]
+            codes = torch.cat([codes, new])
+            distances = torch.minimum(distances, (sample - new).square().sum(1))
+        return codes
+
+    def _learn(self, sample: Tensor, decay: float) -> None:
+        codes = nearest(sample.T[None, None], self.codebook).flatten().long()
+        distances = (sample - self.codebook[codes]).square().sum(1)
+        used = torch.bincount(codes, minlength=self.num_codes).to(self.counts.dtype)
+        self.counts.lerp_(used, 1 - decay)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, sample), 1 - decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + 1e-5) / (total + 1e-5 * self.num_codes) * total
+        self.codebook.copy_(self.sums / smoothed[:, None])
+        self._draw_unused(sample, distances, total / self.num_codes)
+        share = used / len(sample)
+        self.perplexity = float(torch.special.entr(share).sum().exp())
+        self.error = float(distances.mean() / sample.var(0, correction=0).sum().clamp(min=1e-12))
+
+    def _draw_unused(self, sample: Tensor, distances: Tensor, mean_count: Tensor) -> None:
+        unused = (self.counts < 0.01 * mean_count).nonzero()[:, 0]
+        if len(unused):
+            new = sample[_draw(distances, len(unused))]
+            self.codebook[unused] = new
+            self.counts[unused] = mean_count
+            self.sums[unused] = new * mean_count
+
+
+def _draw(weights: Tensor, number: int) -> Tensor:
+    """Indices drawn with probabilities proportional to ``weights``; from all alike if those are zero."""
+    total = weights.sum()
+    return torch.multinomial(weights / total if total > 0 else torch.ones_like(weights), number, replacement=True)
+
+
+def _check_float(x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"A codec takes floating-point activations, got {x.dtype}.")
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """For each vector of ``x`` the number of the nearest code, by Euclidean distance.
+
+    Args:
+        x: (N, G, D, S), floating-point; a vector runs along D.
+        codebook: (K, D), float32.
+
+    Returns:
+        (N, G, S), uint8 if K is at most 256, else int16. Of codes that are equally near, any.
+    """
+    num_samples, num_groups, _, positions = x.shape
+    num_codes = len(codebook)
+    on_cpu = x.device.type == "cpu"
+    # So many scores at once: what stays in a core's cache, or keeps an accelerator busy.
+    chunk = max(1, (2**19 if on_cpu else 2**24) // num_codes)
+    # |x - c|² is least where x · c - |c|² / 2 is largest: one product, with a constant 1 appended to x.
+    augmented = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
+    search = _Search(augmented) if on_cpu else lambda columns: (augmented @ columns).argmax(0)
+    dtype = torch.uint8 if num_codes <= 256 else torch.int16
+    found = torch.empty(num_samples, num_groups, positions, dtype=dtype, device=x.device)
+    samples, groups = max(1, chunk // (num_groups * positions)), max(1, chunk // positions)
+    for n in range(0, num_samples, samples):
+        for g in range(0, num_groups, groups):
+            for s in range(0, positions, chunk):
+                part = x[n : n + samples, g : g + groups, :, s : s + chunk].movedim(2, 0).float()
+                columns = torch.cat([part, torch.ones_like(part[:1])]).flatten(1)
+                codes = search(columns).view(part.shape[1:])
+                found[n : n + samples, g : g + groups, s : s + chunk] = codes.to(dtype)
+    return found
+
+
+class _Search:
+    """Finds the largest score of each column on a CPU, where ``argmax`` is slow and ``amax`` is fast.
+
+    Codes are laid out as a grid. The row and the column of the largest score are found by comparing it with the largest
+    of each row, and of each column. Where scores are equal these may not belong together; there ``argmax`` decides.
+    """
+
+    def __init__(self, augmented: Tensor) -> None:
+        side = 1
+        while side * side < len(augmented):
+            side *= 2
+        self._columns = side
+        self._rows = -(-len(augmented) // side)
+        padding = augmented.new_zeros(self._rows * side - len(augmented), augmented.shape[1])
+        padding[:, -1] = float("-inf")
+        # Equal codes would have equal scores everywhere: only the first of them counts.
+        _, which = torch.unique(augmented, dim=0, return_inverse=True)
+        first = torch.full_like(which, len(augmented)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
+        augmented = augmented.clone()
+        augmented[first[which] != torch.arange(len(which)), -1] = float("-inf")
+        self._augmented = torch.cat([augmented, padding])
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        scores = self._augmented @ columns
+        grid = scores.view(self._rows, self._columns, -1)
+        of_rows, of_columns = grid.amax(1), grid.amax(0)
+        best = of_rows.amax(0)
+        row, is_one_row = _where(of_rows == best)
+        column, is_one_column = _where(of_columns == best)
+        found = row * self._columns + column
+        unclear = ~(is_one_row & is_one_column)
+        if unclear.any():
+            found[unclear] = scores[:, unclear].argmax(0).int()
+        return found
+
+
+def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The last row of ``mask`` (R, M) that is true in each column, int32; and whether it is the only one."""
+    numbers = torch.arange(len(mask), dtype=torch.uint8)[:, None]
+    last = (mask * numbers).amax(0)
+    first_from_end = (mask * (len(mask) - 1 - numbers)).amax(0)
+    return last.int(), last + first_from_end == len(mask) - 1
+
+
+def make_codecs(codec: Any, num_boundaries: int) -> list[Codec | None]:
+    """One codec for each boundary between blocks, in order; each is a copy of its own.
+
+    Args:
+        codec: None, "half", a :class:`Codec`, or a list with one of these for each boundary.
+        num_boundaries: J - 1.
+
+    Raises:
+        ValueError: for another name, or a list of another length.
+        TypeError: for something else.
+    """
+    if isinstance(codec, Sequence) and not isinstance(codec, str):
+        if len(codec) != num_boundaries:
+            raise ValueError(
+                f"codec is a list of {len(codec)}, but must have {num_boundaries}: one for each boundary between "
+                "blocks."
+            )
+        return [make_codecs(own, 1)[0] for own in codec]
+    if codec is None:
+        return [None] * num_boundaries
+    if codec == "half":
+        return [Half() for _ in range(num_boundaries)]
+    choices = "None, 'half', a VectorQuantizer, or a list of these"
+    if isinstance(codec, str):
+        raise ValueError(f"codec must be {choices}, got {codec!r}.")
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec must be {choices}, got {type(codec).__name__}.")
+    return [copy.deepcopy(codec) for _ in range(num_boundaries)]
