@@ -14,12 +14,12 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
-from lightning_dgl.codecs import VectorQuantizer
+from lightning_dgl.codecs import Traffic, VectorQuantizer
 from lightning_dgl.distributed import Report, Stage
 from lightning_dgl.schedules import Schedule
 
 if TYPE_CHECKING:
-    from lightning_dgl.module import BlockTraffic, DGLModule
+    from lightning_dgl.module import DGLModule
 
 
 class BlockSummary(Callback):
@@ -62,7 +62,7 @@ class BlockMonitor(Callback):
         self._step = 0
         self._samples: list[int] = []
         self._bytes = 0
-        self._traffic: list[BlockTraffic] = []
+        self._traffic: list[Traffic] = []
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +76,7 @@ class BlockMonitor(Callback):
         outbox = _stage(trainer, module).outbox
         self._time, self._step = time.monotonic(), trainer.global_step
         self._samples = [progress.samples for progress in module.progress]
-        self._traffic = [replace(traffic) for traffic in module.traffic]
+        self._traffic = [replace(traffic) for traffic in module.boundaries.traffic]
         self._bytes = 0 if outbox is None else outbox.bytes_sent
 
     @override
@@ -103,7 +103,7 @@ class BlockMonitor(Callback):
             progress = module.progress[j]
             values[f"updates_block{j}"] = progress.updates
             values[f"samples_per_second_block{j}"] = (progress.samples - self._samples[j]) / elapsed
-            values |= {f"{name}_block{j}": value for name, value in self._coding(trainer, module, j, elapsed).items()}
+            values |= {f"{name}_block{j}": value for name, value in self._coding(module, j, elapsed).items()}
             buffer = None if schedule is None else schedule.buffers.get(j)
             if buffer is None:
                 continue
@@ -122,15 +122,15 @@ class BlockMonitor(Callback):
             values[f"bytes_per_step_block{last}"] = (stage.outbox.bytes_sent - self._bytes) / num_steps
         return {f"monitor/{name}": float(value) for name, value in values.items()}
 
-    def _coding(self, trainer: Trainer, module: DGLModule, block: int, elapsed: float) -> dict[str, float]:
-        now, before = module.traffic[block], self._traffic[block]
+    def _coding(self, module: DGLModule, block: int, elapsed: float) -> dict[str, float]:
+        now, before = module.boundaries.traffic[block], self._traffic[block]
         values: dict[str, float] = {}
         if now.decode_seconds > before.decode_seconds:
             values["decode_share"] = (now.decode_seconds - before.decode_seconds) / elapsed
         if now.batches > before.batches:
             values["encode_share"] = (now.encode_seconds - before.encode_seconds) / elapsed
             values["compression"] = (now.raw_bytes - before.raw_bytes) / (now.encoded_bytes - before.encoded_bytes)
-            codec = trainer.strategy.codecs[block]  # type: ignore[attr-defined]
+            codec = module.boundaries.codecs[block]
             if isinstance(codec, VectorQuantizer):
                 values |= {"codebook_perplexity": codec.perplexity, "quantization_error": codec.error}
         return values

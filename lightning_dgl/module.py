@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary
 from lightning.pytorch.plugins import MixedPrecision
@@ -30,14 +28,14 @@ from lightning_dgl.checks import (
     number_of_classes,
     one_per_block,
 )
-from lightning_dgl.codecs import HEADER_BYTES, Codec, Message
+from lightning_dgl.codecs import Activation, Boundaries
 from lightning_dgl.distributed import Address, Report, Stage, StageBatch
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.local_step import LocalStep, deliver, local_gradients
 from lightning_dgl.metrics import BlockMetrics, add_vote, ensemble, is_headline, metric_collection
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.random_streams import RandomStreams, get_random_state, set_random_state
-from lightning_dgl.schedules import Activation, Schedule, Synchronous
+from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
     Block,
     SplitPoint,
@@ -63,25 +61,6 @@ class BlockProgress:
 
     updates: int = 0
     samples: int = 0
-
-
-@dataclass
-class BlockTraffic:
-    """What encoding a block's output, and decoding its input, has come to.
-
-    Attributes:
-        batches: how many outputs were encoded.
-        raw_bytes: bytes of these outputs.
-        encoded_bytes: bytes of the messages, with targets and headers.
-        encode_seconds: host time for learning and encoding.
-        decode_seconds: host time for decoding what the block was given.
-    """
-
-    batches: int = 0
-    raw_bytes: int = 0
-    encoded_bytes: int = 0
-    encode_seconds: float = 0.0
-    decode_seconds: float = 0.0
 
 
 class NonFiniteLossError(RuntimeError):
@@ -133,7 +112,6 @@ class DGLModule(LightningModule):
         block_names: what each block contains, "first module to last module".
         split_points: the J - 1 places where the network was cut.
         progress: how far the training of each block has come; of the blocks that this process trains.
-        traffic: what a codec has made of each block's output, since the last fit began; of the same blocks.
 
     Raises:
         SplitError: if the network cannot be split as asked.
@@ -210,7 +188,7 @@ class DGLModule(LightningModule):
         self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
         self._metrics = nn.ModuleDict()
         self.progress = [BlockProgress() for _ in range(num_blocks)]
-        self.traffic = [BlockTraffic() for _ in range(num_blocks)]
+        self._plain_boundaries = Boundaries(None, self.block_names)
         self._skipped = [0] * num_blocks
         self._stepped: list[int] = []  # the blocks that Lightning is to update after this training step
         self._unused_parameters = self._parameters_in_no_block()
@@ -307,22 +285,22 @@ class DGLModule(LightningModule):
                 "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
                 "drop_last=True to the DataLoader, or another batch size."
             )
-        stage = self._stage
+        stage, boundaries = self._stage, self.boundaries
         streams = self._random_streams
         assert streams is not None
         steps: dict[int, LocalStep] = {}
         parameters = self._trained_parameters()
 
         def local_step(block: int, given: Activation, y: Tensor) -> Activation:
-            x = self._decoded(block, given)
-            if self._is_finished(block):
-                return self._pass_on(block, x, y, address)
+            x = boundaries.decode(block, given)
             if block in steps:  # each block's last step is Lightning's to take, those before it are taken at once
                 self._update(block, steps.pop(block))
+            if self._is_finished(block):
+                return self._pass_on(block, x, y, address)
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers_to_restore(block)]
             with streams.of(block, self.device):
                 output = self.blocks[block](x)
-                handed_on = self._encoded(block, output, y, learn=True)
+                handed_on = boundaries.encode(block, output, y)
                 if block == stage.blocks[-1]:
                     stage.hand_on(address, (handed_on, y))  # before its backward: the next stage need not wait
                 scores = self._score(block, output)
@@ -361,46 +339,15 @@ class DGLModule(LightningModule):
     def _pass_on(self, block: int, x: Tensor, targets: Tensor, address: Address) -> Activation:
         """The output of a block that trains no longer."""
         with torch.no_grad(), in_mode(self.blocks[block], training=False):
-            output = self._encoded(block, self.blocks[block](x), targets, learn=False)
+            output = self.boundaries.encode(block, self.blocks[block](x), targets, learn=False)
         if block == self._stage.blocks[-1]:
             self._stage.hand_on(address, (output, targets))
         return output
 
-    def _encoded(self, block: int, output: Tensor, targets: Tensor, learn: bool) -> Activation:
-        """What the next block gets of this one's detached output; the sender trains the codec."""
-        codec = self._codec_of(block)
-        output = output.detach()
-        if codec is None:
-            return output
-        began = time.perf_counter()
-        try:
-            with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-                if learn:
-                    codec.update(output)
-                message = codec.encode(output)
-        except (ValueError, TypeError) as error:
-            raise type(error)(
-                f"The codec cannot encode the output of block {block} ({self.block_names[block]}) at step "
-                f"{self.global_step}: {error}"
-            ) from error
-        traffic = self.traffic[block]
-        traffic.batches += 1
-        traffic.raw_bytes += output.nbytes
-        traffic.encoded_bytes += message.nbytes + targets.nbytes + HEADER_BYTES
-        traffic.encode_seconds += time.perf_counter() - began
-        return message
-
-    def _decoded(self, block: int, given: Activation) -> Tensor:
-        if not isinstance(given, Message):
-            return given
-        began = time.perf_counter()
-        x = given.decode()
-        self.traffic[block].decode_seconds += time.perf_counter() - began
-        return x
-
-    def _codec_of(self, block: int) -> Codec | None:
-        codecs = getattr(self.trainer.strategy, "codecs", None)
-        return codecs[block] if codecs and block < len(codecs) else None
+    @property
+    def boundaries(self) -> Boundaries:
+        """What happens to a block's output on its way to the next block, while a Trainer runs."""
+        return getattr(self.trainer.strategy, "boundaries", None) or self._plain_boundaries
 
     def address(self, batch_idx: int, dataloader_idx: int = 0) -> Address:
         """Which batch a stage has come to, while a Trainer runs."""
@@ -718,7 +665,6 @@ class DGLModule(LightningModule):
             )
         if self.trainer.global_step == 0 and self._random_state is None:  # not resumed
             self.progress = [BlockProgress() for _ in range(self.num_blocks)]
-        self.traffic = [BlockTraffic() for _ in range(self.num_blocks)]
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
@@ -769,7 +715,7 @@ class DGLModule(LightningModule):
                 None if streams is None else streams[j],
                 scalers["blocks"][j] if scalers else None,
                 asdict(self.progress[j]),
-                None if (codec := self._codec_of(j)) is None else move_data_to_device(codec.state_dict(), "cpu"),
+                self.boundaries.state_dict(j),
             )
             for j in blocks
         }
@@ -802,9 +748,7 @@ class DGLModule(LightningModule):
             self.progress = [BlockProgress(**progress) for progress in saved.get("progress", [])] or self.progress
             self._schedule.load_state_dict(saved.get("schedule", {}))
             for j, state in enumerate(saved.get("codecs", [])):
-                codec = self._codec_of(j)
-                if codec is not None and state is not None:
-                    codec.load_state_dict(state)
+                self.boundaries.load_state_dict(j, state)
 
     def _restore_random_state(self) -> None:
         if self._random_state is not None:

@@ -10,11 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dgl.checks import check_at_least
-from lightning_dgl.codecs import Message
+from lightning_dgl.codecs import Activation
 from lightning_dgl.replay import ReplayBuffer
-
-Activation = Tensor | Message
-"""A block's output, as it is or as a codec made it."""
 
 LocalStep = Callable[[int, Activation, Tensor], Activation]
 """``(block, inputs, targets) -> output``: trains one block and returns its detached output, encoded if it is to be."""

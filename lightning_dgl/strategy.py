@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dgl.checks import check_at_least, check_choice
-from lightning_dgl.codecs import Codec, make_codecs
+from lightning_dgl.codecs import Boundaries, make_codecs
 from lightning_dgl.distributed import (
     AGREED,
     DistributedStage,
@@ -82,7 +82,7 @@ class DGLStrategy(ParallelStrategy):
 
     Attributes:
         stage: which blocks this rank holds, while a Trainer runs; None otherwise.
-        codecs: one for each boundary between blocks, or None; those that follow this rank's blocks are in use.
+        boundaries: the codecs between blocks, and what they have made; those that follow this rank's blocks are in use.
 
     Raises:
         ValueError: for an argument that does not fit; the message names it, its value and the remedy.
@@ -116,7 +116,7 @@ class DGLStrategy(ParallelStrategy):
             precision_plugin=precision_plugin,
         )
         self.schedule = make_schedule(schedule)
-        self.codecs: list[Codec | None] = []
+        self.boundaries: Boundaries | None = None
         self._codec = codec
         make_codecs(codec, len(codec) if isinstance(codec, list) else 1)  # to refuse what it cannot be now
         for name, value in (("data_parallel_size", data_parallel_size), ("prefetch", prefetch)):
@@ -205,7 +205,7 @@ class DGLStrategy(ParallelStrategy):
         if self._num_ranks == 1:
             super().setup_environment()
             self.stage = Stage(range(self._module.num_blocks))
-            self.codecs = make_codecs(self._codec, self._module.num_blocks - 1)
+            self.boundaries = Boundaries(self._codec, self._module.block_names)
             self._start_schedule(self.stage.blocks)
             return
         assert self.cluster_environment is not None
@@ -263,8 +263,8 @@ class DGLStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, backend, **options)
         names = self._rank_names()
-        self.codecs = make_codecs(self._codec, module.num_blocks - 1)
-        mine = (fingerprint(module, self.schedule, self.codecs, self.data_parallel_size), this_process())
+        self.boundaries = Boundaries(self._codec, module.block_names)
+        mine = (fingerprint(module, self.schedule, self.boundaries.codecs, self.data_parallel_size), this_process())
         everyones: list[Any] = [None] * self._num_ranks
         dist.all_gather_object(everyones, mine)  # before ranks that differ make groups that differ, and hang
         check_same([fingerprint for fingerprint, _ in everyones], names)
@@ -311,9 +311,8 @@ class DGLStrategy(ParallelStrategy):
     @override
     def model_to_device(self) -> None:
         module, stage = self._module, self.stage
-        for codec in self.codecs:
-            if codec is not None:
-                codec.to(self.root_device)
+        if self.boundaries is not None:
+            self.boundaries.to(self.root_device)
         if stage is None or not stage.is_split:
             module.to(self.root_device)
             return

@@ -99,7 +99,7 @@ def test_a_codec_for_each_boundary(make_trainer: MakeTrainer) -> None:
     strategy = DGLStrategy(codec=[None, "half", VectorQuantizer(8, 2)])
     module = make_module()
     make_trainer(strategy=strategy).fit(module, loader())
-    traffic = [(t.batches, t.raw_bytes / max(t.encoded_bytes, 1)) for t in module.traffic]
+    traffic = [(t.batches, t.raw_bytes / max(t.encoded_bytes, 1)) for t in module.boundaries.traffic]
     assert [batches for batches, _ in traffic] == [0, 5, 5, 0]
     assert 1.5 < traffic[1][1] < 2 < traffic[2][1]
 
@@ -153,7 +153,7 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_block(make_train
     network[6] = nn.Sequential(nn.ReLU(), Explodes())
     module = DGLModule(network, split_at=["2", "6", "10"], example_input=(2, 3, 8, 8), optimizer=sgd)
     trainer = make_trainer(strategy=DGLStrategy(codec=VectorQuantizer(4, 4)))
-    with pytest.raises(ValueError, match=r"output of block 1 \(3 to 6\) at step 0: .* NaN or infinite"):
+    with pytest.raises(ValueError, match=r"output of block 1 \(3 to 6\): .* NaN or infinite"):
         trainer.fit(module, loader())
 
 
