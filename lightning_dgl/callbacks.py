@@ -53,16 +53,29 @@ class BlockMonitor(Callback):
       of the host's); ``monitor/codebook_perplexity`` and ``monitor/quantization_error``, see
       :class:`~lightning_dgl.VectorQuantizer`.
 
-    The progress bar shows ``monitor/age``, the last block's mean age, with an asynchronous schedule.
+    The progress bar shows ``monitor/age``, the last block's mean age, with an asynchronous schedule. When training
+    ends, a table of the whole of it is printed.
     """
 
     def __init__(self) -> None:
+        self._began = 0.0
         # At the step that was logged before:
         self._time = 0.0
         self._step = 0
         self._samples: list[int] = []
         self._bytes = 0
         self._traffic: list[Traffic] = []
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stage, elapsed = _stage(trainer, pl_module), time.monotonic() - self._began  # type: ignore[arg-type]
+        rows = stage.merge({j: _row(pl_module, stage, j, elapsed) for j in stage.blocks})  # type: ignore[arg-type]
+        if trainer.is_global_zero:
+            Console().print(_traffic_table(rows))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,6 +151,37 @@ class BlockMonitor(Callback):
 
 def _stage(trainer: Trainer, module: DGLModule) -> Stage:
     return getattr(trainer.strategy, "stage", None) or Stage(range(module.num_blocks))
+
+
+def _row(module: DGLModule, stage: Stage, block: int, elapsed: float) -> list[str]:
+    """What a block has done in training that took ``elapsed`` seconds."""
+    progress, traffic = module.progress[block], module.boundaries.traffic[block]
+    is_sent = stage.outbox is not None and block == stage.blocks[-1]
+    coded = (traffic.raw_bytes / traffic.batches, traffic.encoded_bytes / traffic.batches) if traffic.batches else None
+    return [
+        str(progress.updates),
+        f"{progress.samples / elapsed:.0f}",
+        "-" if coded is None else f"{coded[0] / 1e6:.3f}",
+        "-" if coded is None else f"{coded[1] / 1e6:.3f}",
+        "-" if coded is None else f"{coded[0] / coded[1]:.1f}",
+        _percent(traffic.encode_seconds, elapsed) if coded else "-",
+        _percent(traffic.decode_seconds, elapsed) if traffic.decode_seconds else "-",
+        f"{stage.outbox.bytes_sent / 1e6:.1f}" if is_sent and stage.outbox is not None else "-",
+        str(stage.outbox.num_dropped) if is_sent and stage.outbox is not None else "-",
+    ]
+
+
+def _traffic_table(rows: dict[int, list[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
+    table.add_column("Block", style="dim")
+    for column in (
+        *("Updates", "Samples/s", "Output\nMB", "Encoded\nMB", "Times\nsmaller", "Encoding\ntime", "Decoding\ntime"),
+        *("Sent\nMB in all", "Dropped"),
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for j, row in sorted(rows.items()):
+        table.add_row(str(j), *row)
+    return table
 
 
 def block_table(module: DGLModule) -> Table:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from vector_quantize_pytorch import VectorQuantize
 
 from lightning_dgl import Message, VectorQuantizer
 from lightning_dgl.codecs import Half, make_codecs, nearest
@@ -138,6 +139,26 @@ def test_error_decreases_online() -> None:
         quantizer.update(activations(8, 32, 8, 8))
         errors.append(quantizer.error)
     assert sum(errors[-10:]) < sum(errors[:10])
+
+
+@pytest.mark.parametrize(("num_codes", "code_dim"), [(64, 4), (256, 8)])
+def test_error_is_no_worse_than_that_of_a_well_kept_library(num_codes: int, code_dim: int) -> None:
+    mixing = torch.randn(32, 32) / 32**0.5
+
+    def batch() -> Tensor:  # channels that go together, as a network's do
+        return torch.einsum("cd,ndhw->nchw", mixing, torch.randn(16, 32, 8, 8)).relu()
+
+    other = VectorQuantize(code_dim, num_codes, decay=0.9, kmeans_init=True, threshold_ema_dead_code=2)
+    own = VectorQuantizer(num_codes, code_dim, decay=0.9)
+    for _ in range(30):
+        x = batch()
+        own.update(x)
+        other(vectors(x, code_dim).float().reshape(1, -1, code_dim))
+    x = batch()
+    flat = vectors(x, code_dim).float().reshape(1, -1, code_dim)
+    theirs = (other.eval()(flat)[0] - flat).square().mean()
+    ours = (own.decode(own.encode(x)) - x).square().mean()
+    assert ours <= 1.02 * theirs
 
 
 def test_codes_that_nothing_is_near_to_are_drawn_anew() -> None:

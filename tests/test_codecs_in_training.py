@@ -144,6 +144,19 @@ def test_monitor_logs_compression_and_codebooks(make_trainer: MakeTrainer) -> No
     }
 
 
+def test_monitor_prints_what_training_came_to(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    strategy = DGLStrategy(codec=[None, "half", VectorQuantizer(8, 2)])
+    make_trainer(strategy=strategy, callbacks=[BlockMonitor()], max_epochs=2).fit(make_module(), loader())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if line and line[0] in "0123" and len(line) == 10}
+    assert sorted(rows) == ["0", "1", "2", "3"]
+    assert {row[0] for row in rows.values()} == {"10"}  # updates
+    assert [rows[j][4] for j in "0123"] == ["-", "1.9", f"{8 * 16 * 16 * 4 / (8 * 8 * 16 + 64 + 64 + 512):.1f}", "-"]
+
+
 def test_values_that_are_not_finite_are_an_error_that_names_the_block(make_trainer: MakeTrainer) -> None:
     class Explodes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
