@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 # What the processes start with. torch.set_num_threads has the last word on threads. Freed memory is kept for the next
 # step: by default glibc returns every large tensor to the system, and getting its pages anew can be a third of a step.
-_ENVIRONMENT = {
+PROCESS_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -70,7 +70,7 @@ def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: An
     The processes know each other as Lightning's ranks do, and as ``init_process_group`` expects, if they work
     ``together``. They are forked from one that has imported everything and computed nothing.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_dgl", "torch.distributed.pipelining"])

@@ -176,22 +176,23 @@ class Clock(L.Callback):
         return getattr(stage, "inbox", None), getattr(stage, "outbox", None)
 
 
-def train(rank: int, setup: Setup) -> Reading:
-    """Run one method on this rank."""
+def train(rank: int, setup: Setup, codec: Any = None, num_nodes: int = 1) -> Reading:
+    """Run one method on this rank; ``codec`` is DGLStrategy's, and ranks are on ``num_nodes`` nodes."""
     if setup.kind in PIPELINES:
         return train_pipeline(rank, setup)
     module: L.LightningModule
     strategy: str | DGLStrategy
     devices = setup.ranks
     if setup.kind in ("dgl", "apart"):
-        module, strategy, batches_a_step = dgl_module(setup), DGLStrategy(timeout=300), setup.micro_batches
+        module, strategy, batches_a_step = dgl_module(setup), DGLStrategy(codec=codec, timeout=300), setup.micro_batches
         devices = 1 if setup.kind == "apart" else devices
     else:
         module = Backpropagation(network(setup.blocks, setup.channels))
         strategy, batches_a_step = ("ddp", setup.ranks) if setup.ranks > 1 else ("auto", 1)
     clock = Clock(setup)
     trainer = quiet_trainer(
-        devices=devices,
+        devices=devices // num_nodes,
+        num_nodes=num_nodes,
         strategy=strategy,
         accelerator="cpu",
         accumulate_grad_batches=setup.micro_batches,

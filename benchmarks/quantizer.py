@@ -1,0 +1,90 @@
+"""What encoding costs: learning, encoding and decoding against the local step of the block whose output is encoded.
+
+    python -m benchmarks.quantizer --output quantizer.md
+
+The block has two 3×3 convolutions, BatchNorm and ReLU after each, and an MLP-SR head; its output has 128 channels at
+16×16, batch 128; one thread. Beside the quantizer stands the plain way to find the nearest code: a matrix product in
+chunks, then argmax. Repeats are interleaved; shares are taken pair by pair within a repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import in_processes, markdown_table, publish, spread
+from lightning_dgl import MLPSRHead, VectorQuantizer
+from lightning_dgl.module import sgd
+
+SHAPE = (128, 128, 16, 16)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def plain_search(x: Tensor, codebook: Tensor, chunk: int = 65536) -> Tensor:
+    """The nearest code of every vector, by a product and argmax."""
+    samples, channels, height, width = x.shape
+    code_dim = codebook.shape[1]
+    grouped = x.view(samples, channels // code_dim, code_dim, height * width).transpose(2, 3).reshape(-1, code_dim)
+    bias = -0.5 * codebook.square().sum(1)
+    codes = [torch.addmm(bias, part, codebook.T).argmax(1).to(torch.uint8) for part in grouped.split(chunk)]
+    return torch.cat(codes)
+
+
+def measure(rank: int, codebooks: list[tuple[int, int]], repeats: int) -> dict[str, list[float]]:
+    convolutions = [nn.Conv2d(SHAPE[1], SHAPE[1], 3, padding=1, bias=False) for _ in range(2)]
+    block = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.BatchNorm2d(SHAPE[1]), nn.ReLU())))
+    head = MLPSRHead(SHAPE[1], SHAPE[2], 10)
+    optimizer = sgd([*block.parameters(), *head.parameters()])
+    x, targets = torch.randn(SHAPE), torch.randint(0, 10, (SHAPE[0],))
+
+    def local_step() -> Tensor:
+        optimizer.zero_grad()
+        output = block(x)
+        nn.functional.cross_entropy(head(output), targets).backward()
+        optimizer.step()
+        return output.detach()
+
+    output = local_step()
+    quantizers = [VectorQuantizer(*codebook) for codebook in codebooks]
+    for quantizer in quantizers:
+        quantizer.update(output)
+    taken: dict[str, list[float]] = {}
+    for _ in range(repeats + 1):
+        taken.setdefault("step", []).append(seconds(local_step))
+        for own in quantizers:
+            name = f"({own.num_codes}, {own.code_dim})"
+            message = own.encode(output)
+            taken.setdefault(f"{name} update", []).append(seconds(lambda own=own: own.update(output)))  # type: ignore[misc]
+            taken.setdefault(f"{name} encode", []).append(seconds(lambda own=own: own.encode(output)))  # type: ignore[misc]
+            taken.setdefault(f"{name} decode", []).append(seconds(message.decode))
+            search = seconds(lambda own=own: plain_search(output, own.codebook))  # type: ignore[misc]
+            taken.setdefault(f"{name} plain search", []).append(search)
+    return {name: values[1:] for name, values in taken.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
+    args = parser.parse_args()
+    (taken,) = in_processes(1, 1, measure, [(256, 4), (256, 8), (256, 16), (64, 8)], args.repeats)
+    rows = []
+    for name, values in taken.items():
+        shares = [100 * own / step for own, step in zip(values, taken["step"], strict=True)]
+        rows.append([name, spread([1e3 * s for s in values], 0), spread(shares, 1)])
+    columns = ["(codes, code_dim)", "ms", "% of the block's step"]
+    publish(f"{args.repeats} repeats: median (min–max).\n\n{markdown_table(columns, rows)}", args.output)
+
+
+if __name__ == "__main__":
+    main()

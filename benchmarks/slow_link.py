@@ -1,0 +1,141 @@
+"""Training over a really slow link: two ranks in two network namespaces, joined by a link with a token-bucket limit.
+
+    sudo python -m benchmarks.slow_link --output slow_link.md
+
+Needs root, and the programs ``ip`` and ``tc`` (iproute2), to make the namespaces ``dgl-rank0`` and ``dgl-rank1``; they
+are removed at the end. Two blocks of equal cost, one on each rank, one thread a rank, images of 32×32 in memory, as in
+benchmarks.parallel:
+
+- ``raw``, ``half``, ``vq-D``: DGL, with DGLStrategy(codec=None), "half", or VectorQuantizer(256, code_dim=D);
+- ``1f1b``: torch.distributed.pipelining with 1F1B and 4 micro-batches, which sends activations and their gradients;
+- ``ddp``: end-to-end backpropagation under Lightning's DDP, each rank on half of the batch, which sends gradients.
+
+Every run has fresh processes, and repeats are interleaved. Times are taken as in benchmarks.parallel, from the end of
+the warm-up to the last step of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import PROCESS_ENVIRONMENT, markdown_table, publish, spread
+from benchmarks.parallel import Reading, Setup, conditions, options, train, training_options
+from lightning_dgl import VectorQuantizer
+
+NAMESPACES = ("dgl-rank0", "dgl-rank1")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+METHODS = ("raw", "half", "vq-4", "vq-8", "vq-16", "1f1b", "ddp")
+RATES = ("unlimited", "1gbit", "100mbit")
+
+
+@contextmanager
+def link() -> Iterator[None]:
+    """Two namespaces, joined by a pair of virtual interfaces."""
+    try:
+        for name in NAMESPACES:
+            _run("ip", "netns", "add", name)
+        first, second = NAMESPACES
+        _run("ip", "link", "add", "link0", "netns", first, "type", "veth", "peer", "name", "link1", "netns", second)
+        for rank, name in enumerate(NAMESPACES):
+            _run("ip", "-n", name, "address", "add", f"{ADDRESSES[rank]}/24", "dev", f"link{rank}")
+            _run("ip", "-n", name, "link", "set", f"link{rank}", "up")
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        yield
+    finally:
+        for name in NAMESPACES:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def limit(rate: str) -> None:
+    """Let each direction carry ``rate``, as tc understands it."""
+    for rank, name in enumerate(NAMESPACES):
+        subprocess.run(
+            ["tc", "-n", name, "qdisc", "del", "dev", f"link{rank}", "root"], capture_output=True, check=False
+        )
+        if rate != "unlimited":
+            bucket = ("rate", rate, "burst", "256kb", "latency", "100ms")
+            _run("tc", "-n", name, "qdisc", "add", "dev", f"link{rank}", "root", "tbf", *bucket)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+def measure(method: str, how: dict[str, int]) -> list[Reading]:
+    """Run one method, a rank in each namespace."""
+    ranks = []
+    for rank, name in enumerate(NAMESPACES):
+        environment = {
+            **PROCESS_ENVIRONMENT,
+            **os.environ,
+            **{"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29577", "NODE_RANK": str(rank), "LOCAL_RANK": "0"},
+            **{"GLOO_SOCKET_IFNAME": f"link{rank}", "WORLD_SIZE": "2"},
+        }
+        work = json.dumps({"method": method, "rank": rank, "how": how})
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.slow_link", "--work", work]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [rank.communicate(timeout=900)[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{method} failed.")
+    return [Reading(**json.loads(output.splitlines()[-1])) for output in outputs]
+
+
+def work(method: str, rank: int, how: dict[str, int]) -> Reading:
+    """What one rank does, in a process of its own."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if method in ("1f1b", "ddp"):
+        name = "1f1b-2x1-m4" if method == "1f1b" else "backprop-2x1"
+        return train(rank, Setup.parse(name, **how), num_nodes=2)
+    codec = VectorQuantizer(256, int(method.removeprefix("vq-"))) if method.startswith("vq-") else method
+    return train(rank, Setup.parse("dgl-2x1", **how), None if codec == "raw" else codec, num_nodes=2)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.set_defaults(channels=32, steps=8)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", default=list(RATES), help="of the link, as tc understands it")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        print(json.dumps(vars(work(**json.loads(args.work)))))
+        return
+    if os.geteuid() != 0:
+        raise SystemExit("This benchmark makes network namespaces, which needs root: run it with sudo.")
+    how = training_options(args)
+    readings: dict[tuple[str, str], list[list[Reading]]] = {(m, r): [] for m in args.methods for r in args.rates}
+    with link():
+        for repeat in range(args.repeats):
+            for rate in args.rates:
+                limit(rate)
+                for method in args.methods:
+                    readings[method, rate].append(measure(method, how))
+                    seconds = max(reading.seconds for reading in readings[method, rate][-1])
+                    speed = args.steps * args.batch_size / seconds
+                    print(f"repeat {repeat + 1}, {rate}, {method}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
+
+    def speeds(method: str, rate: str) -> list[float]:
+        return [args.steps * args.batch_size / max(r.seconds for r in ranks) for ranks in readings[method, rate]]
+
+    rows = []
+    for method in args.methods:
+        sent = [ranks[0].bytes_a_step / 1e6 for ranks in readings[method, args.rates[0]]]
+        rows.append([method, f"{sent[0]:.2f}" if sent[0] else "", *(spread(speeds(method, r), 1) for r in args.rates)])
+    table = markdown_table(["method", "MB sent a step", *(f"samples/s, {rate}" for rate in args.rates)], rows)
+    publish(f"{conditions(args)}\n\n{table}", Path(args.output) if args.output else None)
+
+
+if __name__ == "__main__":
+    main()
