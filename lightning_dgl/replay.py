@@ -150,15 +150,18 @@ class ReplayBuffer:
             self._entries[self._oldest] = entry
             self._oldest = (self._oldest + 1) % self.capacity
 
-    def get(self) -> tuple[Any, Tensor]:
+    def get(self, *, beyond_max_reuse: bool = False) -> tuple[Any, Tensor]:
         """The most recent of the least used batches, ``(activation, targets)``, on the device that it came from.
+
+        Args:
+            beyond_max_reuse: read one even if all were read ``max_reuse`` times.
 
         Raises:
             IndexError: if no batch was put yet, or all were read ``max_reuse`` times.
         """
         if not self._entries:
             raise IndexError("The replay buffer is empty: put a batch before you get one.")
-        if self.is_exhausted:
+        if self.is_exhausted and not beyond_max_reuse:
             raise IndexError(
                 f"Every batch in the replay buffer was read max_reuse={self.max_reuse} times: wait for another, or "
                 "check is_exhausted first."

@@ -94,7 +94,8 @@ class Asynchronous(Schedule):
     Args:
         buffer_size: M, how many batches a block's replay buffer holds.
         max_reuse: how many times a block trains on a batch at most. One whose every batch was used that often skips
-            its turn, or, on several ranks, waits for the next.
+            its turn; on several ranks it waits for the next batch, unless the stage before it is already past this step
+            (some of its batches were dropped or overwritten, and all stages take equally many steps).
         slowdown: S ≥ 1 by block, in one process; other blocks have 1. On several ranks their real speeds decide.
         max_lead: on several ranks, how many batches a stage may be ahead of the one before it, within an epoch; by
             default four times ``buffer_size``. Else a stage that is much faster would train on the epoch's first few

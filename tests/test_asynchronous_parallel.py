@@ -191,6 +191,15 @@ def test_a_stage_whose_batches_are_used_up_waits_for_another(job: Job) -> None:
     assert_all_agree(job.wait())
 
 
+def test_a_late_stage_takes_used_up_batches_rather_than_wait_for_ever(job: Job) -> None:
+    # When it goes on, the stage before it has sent its last batch, and waits for it.
+    start(job, 2, Asynchronous(buffer_size=2, max_reuse=1), hold=(1, 5))
+    wait_until(job, lambda: steps(job, 0) == BATCHES, "the last step of rank 0")
+    (job.folder / "go").touch()
+    assert_all_agree(job.wait())
+    assert [end["updates"] for end in ends(job)] == [[BATCHES] * 2] * 2
+
+
 def test_replicas_of_asynchronous_stages(job: Job) -> None:
     start(job, 4, Asynchronous(), data_parallel_size=2)
     assert_all_agree(job.wait())

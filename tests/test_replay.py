@@ -175,6 +175,8 @@ def test_reading_from_an_exhausted_buffer() -> None:
     buffer.get()
     with pytest.raises(IndexError, match="read max_reuse=1 times: wait for another"):
         buffer.get()
+    assert buffer.get(beyond_max_reuse=True)[1].tolist() == [0, 0]
+    assert buffer.uses == [2]
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ class ReplayInbox(Inbox):
                         raise _finished_before()
                     self._arrival.wait(self._watchdog.interval)
                 if self._is_ready(address):
-                    read.append(StageBatch(address, self._buffer.get(), is_replayed=True))
+                    read.append(StageBatch(address, self._buffer.get(beyond_max_reuse=True), is_replayed=True))
             return bool(read)
 
         self._watchdog.wait_until(can_read, self._peer, "to send another batch")
@@ -321,10 +321,13 @@ class ReplayInbox(Inbox):
         return self._usable(read[0])
 
     def _is_ready(self, address: Address) -> bool:
-        if self._newest is None or self._buffer.is_exhausted:
+        if self._newest is None:
             return False
         reached = self._newest.batch_idx if self._newest.epoch == address.epoch else -1
-        return address.batch_idx - reached <= self._max_lead
+        lead = address.batch_idx - reached
+        # The one before this stage may wait for it already, at the next place where all meet: a stage that is not ahead
+        # does not wait for another batch, even if those it has are used up.
+        return lead <= self._max_lead and (lead <= 0 or not self._buffer.is_exhausted)
 
     @override
     def _deliver(self, batch: StageBatch | None) -> None:
