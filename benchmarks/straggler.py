@@ -11,15 +11,13 @@ counted: over whole epochs the slowest rank sets the pace, and what asynchrony t
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 from benchmarks.common import in_processes, markdown_table, publish, quiet_trainer, spread
-from benchmarks.parallel import Clock, Setup, dgl_module
+from benchmarks.parallel import Clock, Setup, dgl_module, options, training_options
 from lightning_dgl import Asynchronous, DGLStrategy, Synchronous
 
 METHODS = {
@@ -68,16 +66,11 @@ class Drops(L.Callback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = options(__doc__)
+    parser.set_defaults(batch_size=32, steps=24, warm_up=8, repeats=5)
     parser.add_argument("--slowdown", type=float, default=4.0, help="of the second rank")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=24, help="timed steps of each run")
-    parser.add_argument("--warm-up", type=int, default=8, help="steps before these, in which queues fill")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
     args = parser.parse_args()
-    setup = Setup("dgl", 2, 1, args.channels, args.batch_size, args.steps, args.warm_up)
+    setup = Setup("dgl", 2, 1, **training_options(args))
     speeds: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     drops: dict[str, list[int]] = {method: [] for method in METHODS}
     for repeat in range(args.repeats):

@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from lightning_dgl.codecs import Traffic, VectorQuantizer
 from lightning_dgl.distributed import Report, Stage
-from lightning_dgl.schedules import Schedule
 
 if TYPE_CHECKING:
     from lightning_dgl.module import DGLModule
@@ -72,7 +71,8 @@ class BlockMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stage, elapsed = _stage(trainer, pl_module), time.monotonic() - self._began  # type: ignore[arg-type]
+        stage: Stage = pl_module.stage  # type: ignore[assignment]
+        elapsed = time.monotonic() - self._began
         rows = stage.merge({j: _row(pl_module, stage, j, elapsed) for j in stage.blocks})  # type: ignore[arg-type]
         if trainer.is_global_zero:
             Console().print(_traffic_table(rows))
@@ -86,7 +86,7 @@ class BlockMonitor(Callback):
         self._restart(trainer, pl_module)  # type: ignore[arg-type]
 
     def _restart(self, trainer: Trainer, module: DGLModule) -> None:
-        outbox = _stage(trainer, module).outbox
+        outbox = module.stage.outbox
         self._time, self._step = time.monotonic(), trainer.global_step
         self._samples = [progress.samples for progress in module.progress]
         self._traffic = [replace(traffic) for traffic in module.boundaries.traffic]
@@ -100,7 +100,7 @@ class BlockMonitor(Callback):
             return
         values = self._measure(trainer, pl_module)  # type: ignore[arg-type]
         self._restart(trainer, pl_module)  # type: ignore[arg-type]
-        stage = _stage(trainer, pl_module)  # type: ignore[arg-type]
+        stage: Stage = pl_module.stage  # type: ignore[assignment]
         if stage.is_first:
             for name, value in values.items():
                 pl_module.log(name, value, prog_bar=name == "monitor/age", batch_size=1)
@@ -108,8 +108,7 @@ class BlockMonitor(Callback):
             stage.report(Report(trainer.global_step - 1, values | {"epoch": trainer.current_epoch}))
 
     def _measure(self, trainer: Trainer, module: DGLModule) -> dict[str, float]:
-        stage = _stage(trainer, module)
-        schedule: Schedule | None = getattr(trainer.strategy, "schedule", None)
+        stage = module.stage
         values: dict[str, float] = {}
         elapsed = max(time.monotonic() - self._time, 1e-9)
         for j in stage.blocks:
@@ -117,7 +116,7 @@ class BlockMonitor(Callback):
             values[f"updates_block{j}"] = progress.updates
             values[f"samples_per_second_block{j}"] = (progress.samples - self._samples[j]) / elapsed
             values |= {f"{name}_block{j}": value for name, value in self._coding(module, j, elapsed).items()}
-            buffer = None if schedule is None else schedule.buffers.get(j)
+            buffer = module.schedule.buffers.get(j)
             if buffer is None:
                 continue
             reads = buffer.take_reads()
@@ -147,10 +146,6 @@ class BlockMonitor(Callback):
             if isinstance(codec, VectorQuantizer):
                 values |= {"codebook_perplexity": codec.perplexity, "quantization_error": codec.error}
         return values
-
-
-def _stage(trainer: Trainer, module: DGLModule) -> Stage:
-    return getattr(trainer.strategy, "stage", None) or Stage(range(module.num_blocks))
 
 
 def _row(module: DGLModule, stage: Stage, block: int, elapsed: float) -> list[str]:

@@ -454,12 +454,12 @@ class Boundaries:
         block_names: of the J blocks, for messages.
 
     Attributes:
-        codecs: one for each of the J - 1 boundaries, or None.
+        codecs: that which follows each block, or None; always None after the last.
         traffic: one for each block, of those that this process holds.
     """
 
     def __init__(self, codec: Any, block_names: Sequence[str]) -> None:
-        self.codecs = make_codecs(codec, len(block_names) - 1)
+        self.codecs = [*make_codecs(codec, len(block_names) - 1), None]
         self.traffic = [Traffic() for _ in block_names]
         self._block_names = block_names
 
@@ -469,7 +469,7 @@ class Boundaries:
         Raises:
             ValueError: if the codec cannot encode the output; the message names the block.
         """
-        codec = None if block == len(self.codecs) else self.codecs[block]
+        codec = self.codecs[block]
         output = output.detach()
         if codec is None:
             return output
@@ -507,11 +507,11 @@ class Boundaries:
 
     def state_dict(self, block: int) -> dict[str, Tensor] | None:
         """The state of the codec that follows ``block``, in the host's memory; None without one."""
-        codec = None if block == len(self.codecs) else self.codecs[block]
+        codec = self.codecs[block]
         return None if codec is None else {name: value.cpu() for name, value in codec.state_dict().items()}
 
     def load_state_dict(self, block: int, state: dict[str, Tensor] | None) -> None:
         """Restore what :meth:`state_dict` returned, if there are both a codec and its state."""
-        codec = None if block == len(self.codecs) else self.codecs[block]
+        codec = self.codecs[block]
         if codec is not None and state is not None:
             codec.load_state_dict(state)

@@ -222,7 +222,7 @@ class DGLModule(LightningModule):
 
     def ranks_of_blocks(self) -> list[list[int]]:
         """The ranks that train each block, where a Trainer runs on several; else an empty list."""
-        return [] if self._trainer is None else self._stage.ranks_of_blocks()
+        return [] if self._trainer is None else self.stage.ranks_of_blocks()
 
     # Scores
 
@@ -264,9 +264,9 @@ class DGLModule(LightningModule):
         return self.heads[block](self.split_points[block].as_images(output))
 
     def _check_whole(self) -> None:
-        if self._trainer is not None and self._stage.is_split:
+        if self._trainer is not None and self.stage.is_split:
             raise RuntimeError(
-                f"This rank holds only blocks {list(self._stage.blocks)} of {self.num_blocks} while the Trainer runs, "
+                f"This rank holds only blocks {list(self.stage.blocks)} of {self.num_blocks} while the Trainer runs, "
                 "so the module cannot be called. Use trainer.validate, test or predict, or call it after fit."
             )
 
@@ -285,7 +285,7 @@ class DGLModule(LightningModule):
                 "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
                 "drop_last=True to the DataLoader, or another batch size."
             )
-        stage, boundaries = self._stage, self.boundaries
+        stage, boundaries = self.stage, self.boundaries
         streams = self._random_streams
         assert streams is not None
         steps: dict[int, LocalStep] = {}
@@ -300,9 +300,7 @@ class DGLModule(LightningModule):
             buffers = [(buffer, buffer.clone()) for buffer in self._buffers_to_restore(block)]
             with streams.of(block, self.device):
                 output = self.blocks[block](x)
-                handed_on = boundaries.encode(block, output, y)
-                if block == stage.blocks[-1]:
-                    stage.hand_on(address, (handed_on, y))  # before its backward: the next stage need not wait
+                handed_on = self._hand_on(block, output, y, address)  # before its backward: the next need not wait
                 scores = self._score(block, output)
                 loss = self.local_loss(block, scores, y)
                 gradients = local_gradients(self._scaled(block, loss), parameters[block])
@@ -311,7 +309,7 @@ class DGLModule(LightningModule):
             self.progress[block].samples += len(x)
             return handed_on
 
-        self._schedule.step(local_step, stage.blocks, inputs, targets)
+        self.schedule.step(local_step, stage.blocks, inputs, targets)
         self._undo_nonfinite(steps)
         self._stepped = list(steps)
         self._log_training(steps)
@@ -333,16 +331,20 @@ class DGLModule(LightningModule):
         self._step_lr_scheduler(block)
 
     def _is_finished(self, block: int) -> bool:
-        epochs = self._schedule.epochs_per_block
+        epochs = self.schedule.epochs_per_block
         return epochs is not None and self.progress[block].updates >= epochs * self.trainer.num_training_batches
 
     def _pass_on(self, block: int, x: Tensor, targets: Tensor, address: Address) -> Activation:
         """The output of a block that trains no longer."""
         with torch.no_grad(), in_mode(self.blocks[block], training=False):
-            output = self.boundaries.encode(block, self.blocks[block](x), targets, learn=False)
-        if block == self._stage.blocks[-1]:
-            self._stage.hand_on(address, (output, targets))
-        return output
+            return self._hand_on(block, self.blocks[block](x), targets, address, learn=False)
+
+    def _hand_on(self, block: int, output: Tensor, targets: Tensor, address: Address, learn: bool = True) -> Activation:
+        """What the next block is given of this one's output; sent to the next stage, if that holds the block."""
+        handed_on = self.boundaries.encode(block, output, targets, learn)
+        if block == self.stage.blocks[-1]:
+            self.stage.hand_on(address, (handed_on, targets))
+        return handed_on
 
     @property
     def boundaries(self) -> Boundaries:
@@ -378,11 +380,13 @@ class DGLModule(LightningModule):
         ]
 
     @property
-    def _stage(self) -> Stage:
+    def stage(self) -> Stage:
+        """Which blocks this process trains, while a Trainer runs."""
         return getattr(self.trainer.strategy, "stage", None) or Stage(range(self.num_blocks))
 
     @property
-    def _schedule(self) -> Schedule:
+    def schedule(self) -> Schedule:
+        """Which block steps when, while a Trainer runs."""
         return getattr(self.trainer.strategy, "schedule", Synchronous())
 
     def _scaled(self, block: int, loss: Tensor) -> Tensor:
@@ -422,7 +426,7 @@ class DGLModule(LightningModule):
             steps[block].undo()
 
     def _log_training(self, steps: dict[int, LocalStep]) -> None:
-        stage = self._stage
+        stage = self.stage
         detailed = self._logs_every_block_now()
         logged = {j: step for j, step in sorted(steps.items()) if detailed or j == self.num_blocks - 1}
         values = self._metrics_of("train").batch_values(logged)
@@ -444,7 +448,7 @@ class DGLModule(LightningModule):
     def _log_reports(self) -> dict[str, float]:
         """Log what later stages have measured, under the step at which they did; returns the latest of it."""
         latest: dict[str, float] = {}
-        for report in self._stage.reports():
+        for report in self.stage.reports():
             self.trainer._logger_connector.log_metrics(report.values, report.step)  # type: ignore[arg-type]
             latest |= report.values
         return latest
@@ -476,7 +480,7 @@ class DGLModule(LightningModule):
 
         With blocks on several ranks, those of the last stage; on the other stages, this stage's output.
         """
-        stage = self._stage
+        stage = self.stage
         if not stage.is_split:
             return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
         address = self.address(batch_idx, dataloader_idx)
@@ -495,14 +499,14 @@ class DGLModule(LightningModule):
         x, targets, *votes_before = self._tensors_of(batch, address)
         votes = votes_before[0] if votes_before else None
         metrics, classes = self._metrics_of(phase, dataloader_idx), class_indices(targets)
-        for j in self._stage.blocks:
+        for j in self.stage.blocks:
             x = self.blocks[j](x)
             scores = self._score(j, x)
             votes = add_vote(votes, j, scores)
             metrics.update(j, self.local_loss(j, scores, targets), scores, classes)
         assert votes is not None
         metrics.update_ensemble(votes, classes)
-        self._stage.hand_on(address, (x, targets, votes))
+        self.stage.hand_on(address, (x, targets, votes))
 
     @override
     def on_train_epoch_start(self) -> None:
@@ -511,7 +515,7 @@ class DGLModule(LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
-        stage = self._stage
+        stage = self.stage
         if stage.is_split:
             values = stage.merge({name: value.cpu() for name, value in self._latest.items()})
             self._log_values("train", values, on_step=False, on_epoch=True, logger=False, **stage.log_options)
@@ -536,8 +540,8 @@ class DGLModule(LightningModule):
     def _metrics_of(self, phase: str, dataloader_idx: int = 0) -> BlockMetrics:
         key = f"{phase}{dataloader_idx}"
         if key not in self._metrics:
-            own = BlockMetrics(self._metric_template[0], self.num_blocks, self._stage.blocks).to(self.device)
-            self._stage.synchronise(own)
+            own = BlockMetrics(self._metric_template[0], self.num_blocks, self.stage.blocks).to(self.device)
+            self.stage.synchronise(own)
             self._metrics[key] = own
         metrics = self._metrics[key]
         assert isinstance(metrics, BlockMetrics)
@@ -551,9 +555,9 @@ class DGLModule(LightningModule):
         for i in range(num_dataloaders):
             if f"{phase}{i}" in self._metrics:
                 suffix = f"/dataloader_idx_{i}" if num_dataloaders > 1 else ""
-                values = self._stage.merge(self._metrics_of(phase, i).compute())
+                values = self.stage.merge(self._metrics_of(phase, i).compute())
                 values = {f"{name}{suffix}": value for name, value in values.items()}
-                self._log_values(phase, values, **self._stage.log_options)
+                self._log_values(phase, values, **self.stage.log_options)
 
     def _log_values(self, phase: str, values: dict[str, Tensor], **how: Any) -> None:
         """Log values under the name of their phase; those of the last block go to the progress bar."""
@@ -587,7 +591,7 @@ class DGLModule(LightningModule):
         if self._lr_scheduler_factories is None:
             return optimizer
         scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
-        interval = "step" if self._schedule.draws_blocks else self._lr_interval
+        interval = "step" if self.schedule.draws_blocks else self._lr_interval
         config: dict[str, Any] = {"scheduler": scheduler, "interval": interval, "name": "lr"}
         if scheduler.reduce_on_plateau:
             every = self.trainer.check_val_every_n_epoch or 1
@@ -598,7 +602,7 @@ class DGLModule(LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is not None:
             scheduler.step([self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)])
-        elif self._schedule.draws_blocks:
+        elif self.schedule.draws_blocks:
             for block in self._stepped:
                 self._step_lr_scheduler(block)
         else:
@@ -658,7 +662,7 @@ class DGLModule(LightningModule):
             isinstance(callback, GradientAccumulationScheduler)
             for callback in self.trainer.callbacks  # type: ignore[attr-defined]
         )
-        if self._schedule.draws_blocks and accumulates:
+        if self.schedule.draws_blocks and accumulates:
             raise ValueError(
                 "accumulate_grad_batches counts batches of data, but with the asynchronous schedule in one process a "
                 "block is updated whenever it is drawn. Pass accumulate_grad_batches=1, or train on several ranks."
@@ -669,7 +673,7 @@ class DGLModule(LightningModule):
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             plugin.scaler = BlockGradScaler(self.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
         if self._random_streams is None:
-            self._random_streams = RandomStreams(self.num_blocks, self._stage.agree(torch.initial_seed()))
+            self._random_streams = RandomStreams(self.num_blocks, self.stage.agree(torch.initial_seed()))
         if self._random_state is not None and "blocks" in self._random_state:
             self._random_streams.load(self._random_state["blocks"])
         self._restore_random_state()  # a run saved between epochs goes on with drawing the data loader's seed
@@ -679,7 +683,7 @@ class DGLModule(LightningModule):
         if self.trainer.fit_loop.restarted_mid_epoch:  # a run saved within an epoch had drawn that seed before
             self._restore_random_state()
         self._random_state = None
-        schedule = self._schedule
+        schedule = self.schedule
         if (schedule.draws_blocks or schedule.epochs_per_block) and self.trainer.num_training_batches == float("inf"):
             raise ValueError(
                 "The training data loader has no length, by which blocks count their epochs. Use a map-style data set, "
@@ -705,7 +709,7 @@ class DGLModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        streams, blocks = self._random_streams, self._stage.blocks
+        streams, blocks = self._random_streams, self.stage.blocks
         random_state: dict[str, Any] = get_random_state(self.device)
         plugin = self.trainer.precision_plugin
         scalers: dict[str, Any] = checkpoint.get(type(plugin).__qualname__, {})
@@ -719,7 +723,7 @@ class DGLModule(LightningModule):
             )
             for j in blocks
         }
-        everyones = self._stage.merge(own)
+        everyones = self.stage.merge(own)
         of_blocks = [everyones[j] for j in range(self.num_blocks)]
         random_state["blocks"] = [stream for stream, _, _, _ in of_blocks]
         if scalers:
@@ -729,7 +733,7 @@ class DGLModule(LightningModule):
             "random_state": random_state,
             "progress": [progress for _, _, progress, _ in of_blocks],
             "codecs": [codec for _, _, _, codec in of_blocks],
-            "schedule": self._schedule.state_dict(),
+            "schedule": self.schedule.state_dict(),
         }
 
     @override
@@ -746,7 +750,7 @@ class DGLModule(LightningModule):
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             self._random_state = saved["random_state"]
             self.progress = [BlockProgress(**progress) for progress in saved.get("progress", [])] or self.progress
-            self._schedule.load_state_dict(saved.get("schedule", {}))
+            self.schedule.load_state_dict(saved.get("schedule", {}))
             for j, state in enumerate(saved.get("codecs", [])):
                 self.boundaries.load_state_dict(j, state)
 

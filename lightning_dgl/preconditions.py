@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_dgl._version import __version__
-from lightning_dgl.codecs import Codec
 from lightning_dgl.module import DGLModule
 from lightning_dgl.schedules import Schedule
 
@@ -28,9 +27,7 @@ _TRAINER_FLAGS = (
 )
 
 
-def fingerprint(
-    module: DGLModule, schedule: Schedule, codecs: Sequence[Codec | None], num_replicas: int
-) -> dict[str, Any]:
+def fingerprint(module: DGLModule, schedule: Schedule, codec: Any, num_replicas: int) -> dict[str, Any]:
     """What must be the same on every rank, by how messages call it."""
     return {
         "lightning-dgl": __version__,
@@ -39,7 +36,7 @@ def fingerprint(
         "the list of blocks": module.block_names,
         "the network": {name: f"{tuple(p.shape)}, {p.dtype}" for name, p in module.named_parameters()},
         "schedule": type(schedule).__name__,
-        "codec": [repr(codec) for codec in codecs],
+        "codec": repr(codec),
         "data_parallel_size": num_replicas,
     } | {f"Trainer({flag})": getattr(module.trainer, flag) for flag in _TRAINER_FLAGS}
 

@@ -205,8 +205,7 @@ class DGLStrategy(ParallelStrategy):
         if self._num_ranks == 1:
             super().setup_environment()
             self.stage = Stage(range(self._module.num_blocks))
-            self.boundaries = Boundaries(self._codec, self._module.block_names)
-            self._start_schedule(self.stage.blocks)
+            self._prepare_blocks(self.stage.blocks)
             return
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -215,7 +214,8 @@ class DGLStrategy(ParallelStrategy):
         super().setup_environment()
         self._connect_ranks()
 
-    def _start_schedule(self, blocks: range) -> None:
+    def _prepare_blocks(self, blocks: range) -> None:
+        self.boundaries = Boundaries(self._codec, self._module.block_names)
         self.schedule.start(blocks, self._module.num_blocks, torch.initial_seed())
         if self.schedule.draws_blocks and self.data_parallel_size > 1:
             raise ValueError(
@@ -263,15 +263,14 @@ class DGLStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         _init_dist_connection(self.cluster_environment, backend, **options)
         names = self._rank_names()
-        self.boundaries = Boundaries(self._codec, module.block_names)
-        mine = (fingerprint(module, self.schedule, self.boundaries.codecs, self.data_parallel_size), this_process())
+        mine = (fingerprint(module, self.schedule, self._codec, self.data_parallel_size), this_process())
         everyones: list[Any] = [None] * self._num_ranks
         dist.all_gather_object(everyones, mine)  # before ranks that differ make groups that differ, and hang
         check_same([fingerprint for fingerprint, _ in everyones], names)
         self._check_stages()
         assignment = self._assignment()
         schedule, blocks = self.schedule, assignment[self.global_rank % self._num_stages]
-        self._start_schedule(blocks)
+        self._prepare_blocks(blocks)
         if self._groups is None:
             self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
         store = dist.distributed_c10d._get_default_store()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
@@ -14,15 +13,10 @@ from torch import Tensor, nn
 
 from lightning_dgl import Asynchronous, BlockMonitor, DGLModule, DGLStrategy, Message, VectorQuantizer
 from tests.conftest import loader, small_cnn
-from tests.test_asynchronous import Monitored, assert_equal
+from tests.test_asynchronous import Monitored, assert_equal, make_module
 from tests.test_synchronous import SeedEachStep, pieces, sgd
 
 MakeTrainer = Callable[..., L.Trainer]
-
-
-def make_module(**kwargs: Any) -> DGLModule:
-    defaults: dict[str, Any] = {"split_at": ["2", "6", "10"], "example_input": (2, 3, 8, 8), "optimizer": sgd}
-    return DGLModule(small_cnn(), **{**defaults, **kwargs})
 
 
 def test_weights_equal_a_plain_loop_that_quantizes_between_blocks(make_trainer: MakeTrainer) -> None:

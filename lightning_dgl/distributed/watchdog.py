@@ -163,13 +163,8 @@ class Watchdog:
         if self.failure is None or self._rank != 0:
             return
 
-        def wait() -> None:
-            others = [f"{_SEEN}/{rank}" for rank in range(1, len(self._names)) if rank != self._failed_rank]
-            deadline = time.monotonic() + _PATIENCE
-            while others and not self._store.check(others) and time.monotonic() < deadline:
-                self._beat()
-
-        self._ask(wait, 2 * _PATIENCE)
+        others = [rank for rank in range(1, len(self._names)) if rank != self._failed_rank]
+        self._ask(partial(self._await_seen, others), 2 * _PATIENCE)
 
     @property
     def is_silent(self) -> bool:
@@ -209,12 +204,17 @@ class Watchdog:
 
         def post() -> tuple[bool, bool]:
             is_first = self._store.compare_set(_FAILURE, "", message).decode() == message
-            deadline = time.monotonic() + _PATIENCE
-            while self._rank != 0 and not self._store.check([f"{_SEEN}/0"]) and time.monotonic() < deadline:
-                self._beat()
-            return is_first, self._rank == 0 or self._store.check([f"{_SEEN}/0"])
+            return is_first, self._rank == 0 or self._await_seen([0])
 
         return self._ask(post, 2 * _PATIENCE) or (True, False)
+
+    def _await_seen(self, ranks: Sequence[int]) -> bool:
+        """Wait for a while until ``ranks`` know of the failure; whether they do."""
+        keys = [f"{_SEEN}/{rank}" for rank in ranks]
+        deadline = time.monotonic() + _PATIENCE
+        while keys and not self._store.check(keys) and time.monotonic() < deadline:
+            self._beat()
+        return not keys or self._store.check(keys)
 
     def _hanging(self, what: str) -> BaseException:
         """The error of a wait that took too long; stops the rank that is to blame, if it runs on this host."""
