@@ -1,6 +1,11 @@
-"""What encoding costs: learning, encoding and decoding against the local step of the block whose output is encoded.
+"""What codecs save and what they cost.
 
     python -m benchmarks.quantizer --output quantizer.md
+
+What is sent in a step at each boundary of the paper's network of six convolutions with 128 to 512 channels, batch 128:
+codes, codebooks, targets and headers, in MB; and what a replay buffer of 30 such batches holds.
+
+Then the time for learning, encoding and decoding against the local step of the block whose output is encoded.
 
 The block has two 3×3 convolutions, BatchNorm and ReLU after each, and an MLP-SR head; its output has 128 channels at
 16×16, batch 128; one thread. Beside the quantizer stands the plain way to find the nearest code: a matrix product in
@@ -13,12 +18,14 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import in_processes, markdown_table, publish, spread
 from lightning_dgl import MLPSRHead, VectorQuantizer
+from lightning_dgl.codecs import HEADER_BYTES, Boundaries
 from lightning_dgl.module import sgd
 
 SHAPE = (128, 128, 16, 16)
@@ -56,20 +63,47 @@ def measure(rank: int, codebooks: list[tuple[int, int]], repeats: int) -> dict[s
 
     output = local_step()
     quantizers = [VectorQuantizer(*codebook) for codebook in codebooks]
-    for quantizer in quantizers:
+    compiled = [VectorQuantizer(*codebook, compile=True) for codebook in codebooks]
+    for quantizer in quantizers + compiled:
         quantizer.update(output)
     taken: dict[str, list[float]] = {}
     for _ in range(repeats + 1):
         taken.setdefault("step", []).append(seconds(local_step))
-        for own in quantizers:
+        for own, fast in zip(quantizers, compiled, strict=True):
             name = f"({own.num_codes}, {own.code_dim})"
             message = own.encode(output)
             taken.setdefault(f"{name} update", []).append(seconds(lambda own=own: own.update(output)))  # type: ignore[misc]
             taken.setdefault(f"{name} encode", []).append(seconds(lambda own=own: own.encode(output)))  # type: ignore[misc]
+            fast.encode(output)
+            own_compiled = seconds(lambda fast=fast: fast.encode(output))  # type: ignore[misc]
+            taken.setdefault(f"{name} encode, compiled", []).append(own_compiled)
             taken.setdefault(f"{name} decode", []).append(seconds(message.decode))
             search = seconds(lambda own=own: plain_search(output, own.codebook))  # type: ignore[misc]
             taken.setdefault(f"{name} plain search", []).append(search)
     return {name: values[1:] for name, values in taken.items()}
+
+
+def bytes_at_boundaries() -> str:
+    """A table, a column for each boundary; how many bytes there are does not depend on the values."""
+    shapes = [(128, 128, 32, 32)] * 2 + [(128, 256, 16, 16)] * 2 + [(128, 512, 8, 8)]
+    codecs: dict[str, Any] = {"raw": None, "half": "half"} | {
+        f"(256, {code_dim})": VectorQuantizer(256, code_dim) for code_dim in (4, 8, 16)
+    }
+    outputs, targets = [torch.rand(shape) for shape in shapes], torch.zeros(128, dtype=torch.int64)
+    raw = [output.nbytes + targets.nbytes + HEADER_BYTES for output in outputs]
+    rows = []
+    for name, codec in codecs.items():
+        boundaries = Boundaries(codec, ["" for _ in range(len(shapes) + 1)])
+        for j, output in enumerate(outputs):
+            boundaries.encode(j, output, targets)
+        sent = raw if codec is None else [traffic.encoded_bytes for traffic in boundaries.traffic[:-1]]
+        smaller = [own_raw / own for own_raw, own in zip(raw, sent, strict=True)]
+        cells = [f"{own / 1e6:.2f} ({times:.1f})" for own, times in zip(sent, smaller, strict=True)]
+        rows.append(
+            [name, *cells, f"{sum(sent) / 1e6:.1f} ({sum(raw) / sum(sent):.1f})", f"{30 * sum(sent) / 1e9:.2f}"]
+        )
+    columns = ["codec", *(f"after block {j}" for j in range(len(shapes))), "all", "five buffers of 30, GB"]
+    return f"MB a step (times smaller than raw).\n\n{markdown_table(columns, rows)}"
 
 
 def main() -> None:
@@ -82,8 +116,8 @@ def main() -> None:
     for name, values in taken.items():
         shares = [100 * own / step for own, step in zip(values, taken["step"], strict=True)]
         rows.append([name, spread([1e3 * s for s in values], 0), spread(shares, 1)])
-    columns = ["(codes, code_dim)", "ms", "% of the block's step"]
-    publish(f"{args.repeats} repeats: median (min–max).\n\n{markdown_table(columns, rows)}", args.output)
+    times = markdown_table(["(codes, code_dim)", "ms", "% of the block's step"], rows)
+    publish(f"{bytes_at_boundaries()}\n{args.repeats} repeats: median (min–max).\n\n{times}", args.output)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)  # more would not help so small a network
     table = Table(title="At the widest boundary", title_justify="left")
     for column in ("Codec", "MB a step", "Times smaller", f"ms at {args.link:g} Mbit/s", "ms to encode", "Accuracy"):
-        table.add_column(column, justify="left" if column == "Codec" else "right")
+        table.add_column(column, justify="left" if column == "Codec" else "right", no_wrap=column == "Codec")
     is_first = False
     for name in CODECS:
         outcome = train(name, args)

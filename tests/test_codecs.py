@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -65,6 +66,27 @@ def test_codes_are_the_nearest(num_codes: int, code_dim: int, shape: tuple[int, 
     assert (decoded.shape, decoded.dtype) == (x.shape, dtype)
     expected = codebook[message.codes.long().view(-1)].to(dtype)
     assert torch.equal(vectors(decoded, code_dim).reshape(-1, code_dim), expected.double())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("num_codes", "code_dim"), [(256, 8), (300, 4)])
+@pytest.mark.parametrize("offset", [0, 1000])  # far from zero, scores differ in their lowest bits only
+def test_compiled_search_finds_codes_as_near(num_codes: int, code_dim: int, offset: float) -> None:
+    quantizer = VectorQuantizer(num_codes, code_dim)
+    compiled = VectorQuantizer(num_codes, code_dim, compile=True)
+    quantizer.update(offset + activations(4, 2 * code_dim, 20, 20))
+    compiled.load_state_dict(quantizer.state_dict())
+    for shape in ((4, 2 * code_dim, 20, 20), (3, code_dim, 30), (1, 4 * code_dim)):  # one function for all of them
+        x = offset + activations(*shape)
+        own = vectors(x, code_dim).reshape(-1, code_dim)
+        near = [codebook_distances(own, quantizer.codebook, q.encode(x).codes) for q in (quantizer, compiled)]
+        # Scores are sums of squares in float32: what they can tell apart depends on how large they are.
+        assert torch.allclose(*near, rtol=0, atol=1e-6 * float(own.square().sum(1).max()) + 1e-5)
+
+
+def codebook_distances(own: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """Squared distance of each of the vectors ``own`` to its code."""
+    return (own - codebook.double()[codes.long().view(-1)]).square().sum(1)
 
 
 def test_codes_that_are_equal_or_equally_near() -> None:

@@ -1,0 +1,209 @@
+"""Run one of the paper's comparisons: a grid of runs of cifar10.py, a table and a figure.
+
+    pip install "lightning-dgl[examples]"
+    python examples/compare.py codecs                         # the protocol of the paper: hours on a GPU
+    python examples/compare.py codecs --protocol reduced      # a smaller one, for a CPU: a minute or two a run
+    python examples/compare.py codecs --protocol reduced --data digits --seeds 0     # a look at it, in minutes
+
+Results go to a CSV file as they come, each with the arguments of cifar10.py that repeat it. A run that is there already
+is not run again: to go on after an interruption, or to add seeds, give the command again. Several processes may fill
+one file at once, with other seeds each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+try:
+    import cifar10
+    from matplotlib.figure import Figure
+except ImportError as error:
+    sys.exit(f'{error}. This example needs matplotlib: pip install "lightning-dgl[examples]"')
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A grid of runs: a line in the figure for each of ``lines``, a point on it for each of ``points``.
+
+    Attributes:
+        title: what is compared.
+        common: arguments of all runs.
+        reduced: further arguments with ``--protocol reduced``.
+        lines: arguments of each line, by its name.
+        points: arguments of each point, by its name; without any, a line shows all blocks.
+        axis: what the points differ in.
+        skip: (line, point) that make no sense.
+    """
+
+    title: str
+    common: str
+    reduced: str
+    lines: dict[str, str]
+    points: dict[str, str]
+    axis: str
+    skip: tuple[tuple[str, str], ...] = ()
+
+    def runs(self) -> dict[tuple[str, str], str]:
+        """What the arguments of each run have beside the common ones, by line and point."""
+        return {
+            (line, point): f"{of_line} {of_point}"
+            for line, of_line in self.lines.items()
+            for point, of_point in (self.points or {"": ""}).items()
+            if (line, point) not in self.skip
+        }
+
+
+EXPERIMENTS = {
+    "delays": Experiment(
+        "How slow may a block be?",
+        common="--network six_layers_late_pools --head mlp",
+        reduced="--images 10000 --channels 8 --epochs 8 --step-epochs 3",
+        lines={
+            "synchronous": "--method dgl",
+            **{f"M = {size}": f"--method async --buffer-size {size}" for size in (1, 5, 30)},
+        },
+        points={slowdown: f"--slowdown {slowdown}" for slowdown in ("1.0", "1.2", "1.5", "2.0")},
+        axis="slow-down S of block 2",
+        skip=tuple(("synchronous", slowdown) for slowdown in ("1.2", "1.5", "2.0")),
+    ),
+    "codecs": Experiment(
+        "What does compression cost?",
+        common="--network six_layers_late_pools --head mlp --update-bn",
+        reduced="--images 5000 --channels 16 --epochs 8 --step-epochs 3",
+        lines={"synchronous": "--method dgl", "asynchronous": "--method async"},
+        points={
+            "raw": "--codec raw",
+            "half": "--codec half",
+            **{f"256 codes of {dim}": f"--codec 256x{dim}" for dim in (4, 8, 16)},
+        },
+        axis="codec",
+        skip=(("asynchronous", "half"),),
+    ),
+}
+
+COLUMNS = ("arguments", "blocks", "ensemble", "compression", "seconds")
+
+
+def read(results: Path) -> dict[str, dict[str, str]]:
+    """What is known already: a row for each run, by its arguments."""
+    if not results.exists():
+        return {}
+    return {row["arguments"]: row for row in csv.DictReader(results.read_text().splitlines())}
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def accuracies(
+    experiment: Experiment, of_run: dict[tuple[str, str], list[dict[str, str]]]
+) -> dict[str, dict[str, list[float]]]:
+    """Accuracies of all seeds in percent for each line and point (then of the last block), or line and block."""
+    values: dict[str, dict[str, list[float]]] = {line: {} for line in experiment.lines}
+    for (line, point), rows in of_run.items():
+        for blocks in ([float(value) for value in row["blocks"].split()] for row in rows):
+            named = {point: blocks[-1]} if point else {str(j): accuracy for j, accuracy in enumerate(blocks)}
+            for name, accuracy in named.items():
+                values[line].setdefault(name, []).append(accuracy)
+    return values
+
+
+def table(experiment: Experiment, values: dict[str, dict[str, list[float]]]) -> str:
+    """In Markdown: mean ± standard deviation over the seeds."""
+    names = list(dict.fromkeys(name for own in values.values() for name in own))
+    rows = [["", *names], ["---"] * (len(names) + 1)]
+    rows += [
+        [line, *(mean_and_spread(own[name]) if name in own else "" for name in names)] for line, own in values.items()
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def figure(experiment: Experiment, values: dict[str, dict[str, list[float]]]) -> Figure:
+    drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = drawing.subplots()
+    names = list(dict.fromkeys(name for own in values.values() for name in own))
+    are_numbers = all(name.replace(".", "").isdecimal() for name in names)
+    places = {name: float(name) if are_numbers else i for i, name in enumerate(names)}
+    for line, own in values.items():
+        means = [statistics.fmean(accuracy) for accuracy in own.values()]
+        spread = [statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0 for accuracy in own.values()]
+        if len(own) == 1 and len(names) > 1:
+            axes.axhline(means[0], color="k", linestyle="--", label=line)
+        else:
+            axes.errorbar([places[name] for name in own], means, spread, marker="o", capsize=3, label=line)
+    axes.set(title=experiment.title, xlabel=experiment.axis, ylabel="test accuracy (%)")
+    axes.set_xticks(list(places.values()), names)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return drawing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--protocol", choices=("full", "reduced"), default="full", help="the paper's, or a smaller one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder with train/ and test/")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the CSV file and the figure")
+    parser.epilog = "Further arguments, such as --accelerator gpu, go to cifar10.py in all runs."
+    args, further = parser.parse_known_args()
+    cifar10.be_quiet()
+
+    experiment = EXPERIMENTS[args.experiment]
+    reduced = experiment.reduced if args.protocol == "reduced" else ""
+    common = shlex.split(f"{experiment.common} {reduced}") + further
+    runs = {
+        (*names, seed): shlex.join(["--data", args.data, *common, *shlex.split(own), "--seed", str(seed)])
+        for seed in args.seeds
+        for names, own in experiment.runs().items()
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = args.output / f"{args.experiment}.csv"
+    if not results.exists():
+        results.write_text(",".join(COLUMNS) + "\n")
+    done = read(results)
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*shown) as progress:
+        task = progress.add_task("runs", total=len(runs), completed=sum(run in done for run in runs.values()))
+        for names, arguments in runs.items():
+            if arguments in done:
+                continue
+            own = cifar10.parse([*shlex.split(arguments), "--cache", str(args.output / "data")])
+            progress.update(task, description=", ".join(map(str, filter(None, names))))
+            began = time.monotonic()
+            try:
+                outcome = cifar10.train(own, progress)
+            except FileNotFoundError as error:
+                sys.exit(str(error))
+            row = [
+                arguments,
+                " ".join(f"{accuracy:.2f}" for accuracy in outcome["accuracies"]),
+                f"{outcome['ensemble']:.2f}",
+                f"{outcome['compression']:.2f}",
+                f"{time.monotonic() - began:.0f}",
+            ]
+            with results.open("a", newline="") as file:
+                csv.writer(file).writerow(row)
+            progress.advance(task)
+    done = read(results)
+    of_run: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for (line, point, _), arguments in runs.items():
+        of_run.setdefault((line, point), []).append(done[arguments])
+    values = accuracies(experiment, of_run)
+    figure(experiment, values).savefig(results.with_suffix(".png"), dpi=150)
+    print(table(experiment, values))
+    print(f"Results: {results}, figure: {results.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
