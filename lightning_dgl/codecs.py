@@ -157,6 +157,7 @@ class VectorQuantizer(Codec):
 
     Attributes:
         codebook: (K, D), float32.
+        num_updates: how many batches it has learned from, a scalar.
         perplexity: of the codes' use in the last batch learned from, from 1 to K: how many are in equal use.
         error: of that batch: squared distance to the codes over the vectors' variance; 0 is perfect.
 
@@ -178,7 +179,7 @@ class VectorQuantizer(Codec):
     codebook: Tensor
     counts: Tensor
     sums: Tensor
-    is_initialised: Tensor
+    num_updates: Tensor
 
     def __init__(self, num_codes: int = 256, code_dim: int = 8, decay: float = 0.99, *, compile: bool = False) -> None:
         super().__init__()
@@ -197,7 +198,7 @@ class VectorQuantizer(Codec):
         self.register_buffer("codebook", torch.zeros(num_codes, code_dim))
         self.register_buffer("counts", torch.zeros(num_codes))
         self.register_buffer("sums", torch.zeros(num_codes, code_dim))
-        self.register_buffer("is_initialised", torch.tensor(False))
+        self.register_buffer("num_updates", torch.tensor(0))
 
     @override
     def extra_repr(self) -> str:
@@ -216,13 +217,15 @@ class VectorQuantizer(Codec):
         self._check(x)
         if not torch.stack(torch.aminmax(x)).isfinite().all():  # NaN, too, shows in both
             raise ValueError("x has values that are NaN or infinite; the codebook was left as it was.")
-        sample = self._sample(x)
-        if not self.is_initialised:
-            self.codebook.copy_(self._first_codes(sample))
-            self.is_initialised.fill_(True)
+        # A stream of its own: data and dropout are drawn as they would be without a codec.
+        generator = torch.Generator(x.device).manual_seed(int(self.num_updates))
+        sample = self._sample(x, generator)
+        if not self.num_updates:
+            self.codebook.copy_(self._first_codes(sample, generator))
             for _ in range(5):
-                self._learn(sample, decay=0.0)
-        self._learn(sample, self.decay)
+                self._learn(sample, 0.0, generator)
+        self._learn(sample, self.decay, generator)
+        self.num_updates += 1
 
     @override
     @torch.no_grad()
@@ -237,7 +240,7 @@ class VectorQuantizer(Codec):
             RuntimeError: before the first :meth:`update`.
         """
         self._check(x)
-        if not self.is_initialised:
+        if not self.num_updates:
             raise RuntimeError("The codebook is empty: update(x) with a first batch before you encode.")
         search = nearest_compiled if self.compile_search else nearest
         codes = search(self._vectors(x), self.codebook)
@@ -269,31 +272,35 @@ class VectorQuantizer(Codec):
         positions = x[0, 0].numel()
         return x.detach().reshape(len(x), x.shape[1], positions).view(len(x), -1, self.code_dim, positions)
 
-    def _sample(self, x: Tensor) -> Tensor:
+    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Vectors (M, D) at random places of ``x``, float32; all if there are few."""
         vectors = self._vectors(x)
         num_vectors = vectors.numel() // self.code_dim
         wanted = min(64 * self.num_codes, 65536)
         if num_vectors <= wanted:
             return vectors.movedim(2, -1).reshape(-1, self.code_dim).float()
-        places = torch.randint(num_vectors, (wanted,), device=x.device)
+        places = torch.randint(num_vectors, (wanted,), generator=generator, device=x.device)
         _, num_groups, _, positions = vectors.shape
         samples, groups = places // (num_groups * positions), places // positions % num_groups
         return vectors[samples, groups, :, places % positions].float()
 
-    def _first_codes(self, sample: Tensor) -> Tensor:
+    def _first_codes(self, sample: Tensor, generator: torch.Generator) -> Tensor:
         """k-means++: each code is drawn with a probability proportional to the squared distance to those before it."""
+
+        def some(number: int) -> Tensor:
+            return sample[torch.randint(len(sample), (number,), generator=generator, device=sample.device)]
+
         if self.num_codes > 1024:  # one after another would take long
-            return sample[torch.randint(len(sample), (self.num_codes,), device=sample.device)]
-        codes = sample[torch.randint(len(sample), (1,), device=sample.device)]
+            return some(self.num_codes)
+        codes = some(1)
         distances = (sample - codes).square().sum(1)
         for _ in range(self.num_codes - 1):
-            new = sample[_draw(distances, 1)]
+            new = sample[_draw(distances, 1, generator)]
             codes = torch.cat([codes, new])
             distances = torch.minimum(distances, (sample - new).square().sum(1))
         return codes
 
-    def _learn(self, sample: Tensor, decay: float) -> None:
+    def _learn(self, sample: Tensor, decay: float, generator: torch.Generator) -> None:
         codes = nearest(sample.T[None, None], self.codebook).flatten().long()
         distances = (sample - self.codebook[codes]).square().sum(1)
         used = torch.bincount(codes, minlength=self.num_codes).to(self.counts.dtype)
@@ -302,24 +309,25 @@ class VectorQuantizer(Codec):
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) / (total + 1e-5 * self.num_codes) * total
         self.codebook.copy_(self.sums / smoothed[:, None])
-        self._draw_unused(sample, distances, total / self.num_codes)
+        self._draw_unused(sample, distances, total / self.num_codes, generator)
         share = used / len(sample)
         self.perplexity = float(torch.special.entr(share).sum().exp())
         self.error = float(distances.mean() / sample.var(0, correction=0).sum().clamp(min=1e-12))
 
-    def _draw_unused(self, sample: Tensor, distances: Tensor, mean_count: Tensor) -> None:
+    def _draw_unused(self, sample: Tensor, distances: Tensor, mean_count: Tensor, generator: torch.Generator) -> None:
         unused = (self.counts < 0.01 * mean_count).nonzero()[:, 0]
         if len(unused):
-            new = sample[_draw(distances, len(unused))]
+            new = sample[_draw(distances, len(unused), generator)]
             self.codebook[unused] = new
             self.counts[unused] = mean_count
             self.sums[unused] = new * mean_count
 
 
-def _draw(weights: Tensor, number: int) -> Tensor:
+def _draw(weights: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """Indices drawn with probabilities proportional to ``weights``; from all alike if those are zero."""
     total = weights.sum()
-    return torch.multinomial(weights / total if total > 0 else torch.ones_like(weights), number, replacement=True)
+    weights = weights / total if total > 0 else torch.ones_like(weights)
+    return torch.multinomial(weights, number, replacement=True, generator=generator)
 
 
 def _check_float(x: Tensor) -> None:
