@@ -7,7 +7,7 @@ from lightning_dgl.distributed import RankFailedError
 from lightning_dgl.heads import CNNHead, LinearHead, MLPHead, MLPSRHead
 from lightning_dgl.module import DGLModule, NonFiniteLossError
 from lightning_dgl.replay import ReplayBuffer
-from lightning_dgl.schedules import Asynchronous, Schedule, Synchronous
+from lightning_dgl.schedules import Asynchronous, Schedule, Sequential, Synchronous
 from lightning_dgl.splitting import SplitError, SplitPoint, find_split_points, split
 from lightning_dgl.strategy import DGLStrategy
 
@@ -26,6 +26,7 @@ __all__ = [
     "RankFailedError",
     "ReplayBuffer",
     "Schedule",
+    "Sequential",
     "SplitError",
     "SplitPoint",
     "Synchronous",

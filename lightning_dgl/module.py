@@ -309,6 +309,7 @@ class DGLModule(LightningModule):
             self.progress[block].samples += len(x)
             return handed_on
 
+        self.schedule.start_step(self.trainer.current_epoch)
         self.schedule.step(local_step, stage.blocks, inputs, targets)
         self._undo_nonfinite(steps)
         self._stepped = list(steps)
@@ -331,8 +332,8 @@ class DGLModule(LightningModule):
         self._step_lr_scheduler(block)
 
     def _is_finished(self, block: int) -> bool:
-        epochs = self.schedule.epochs_per_block
-        return epochs is not None and self.progress[block].updates >= epochs * self.trainer.num_training_batches
+        updates = self.progress[block].updates
+        return self.schedule.has_finished(block, updates, self.trainer.num_training_batches)
 
     def _pass_on(self, block: int, x: Tensor, targets: Tensor, address: Address) -> Activation:
         """The output of a block that trains no longer."""
@@ -591,7 +592,7 @@ class DGLModule(LightningModule):
         if self._lr_scheduler_factories is None:
             return optimizer
         scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
-        interval = "step" if self.schedule.draws_blocks else self._lr_interval
+        interval = "step" if self.schedule.counts_own_epochs else self._lr_interval
         config: dict[str, Any] = {"scheduler": scheduler, "interval": interval, "name": "lr"}
         if scheduler.reduce_on_plateau:
             every = self.trainer.check_val_every_n_epoch or 1
@@ -601,8 +602,10 @@ class DGLModule(LightningModule):
     @override
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is not None:
-            scheduler.step([self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)])
-        elif self.schedule.draws_blocks:
+            watched = {j: self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)}
+            only = self.schedule.only_block
+            scheduler.step(watched if only is None else {only: watched[only]})
+        elif self.schedule.counts_own_epochs:
             for block in self._stepped:
                 self._step_lr_scheduler(block)
         else:
@@ -667,6 +670,7 @@ class DGLModule(LightningModule):
                 "accumulate_grad_batches counts batches of data, but with the asynchronous schedule in one process a "
                 "block is updated whenever it is drawn. Pass accumulate_grad_batches=1, or train on several ranks."
             )
+        self.trainer.fit_loop.max_epochs = self.schedule.num_epochs(self.trainer.max_epochs, self.num_blocks)
         if self.trainer.global_step == 0 and self._random_state is None:  # not resumed
             self.progress = [BlockProgress() for _ in range(self.num_blocks)]
         plugin = self.trainer.precision_plugin
@@ -684,7 +688,7 @@ class DGLModule(LightningModule):
             self._restore_random_state()
         self._random_state = None
         schedule = self.schedule
-        if (schedule.draws_blocks or schedule.epochs_per_block) and self.trainer.num_training_batches == float("inf"):
+        if schedule.counts_own_epochs and self.trainer.num_training_batches == float("inf"):
             raise ValueError(
                 "The training data loader has no length, by which blocks count their epochs. Use a map-style data set, "
                 "or pass limit_train_batches=<number>."

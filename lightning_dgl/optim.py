@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -152,14 +152,13 @@ class BlockLRScheduler:
             )
         self.reduce_on_plateau = all(plateau)
 
-    def step(self, metrics: Sequence[Any] | None = None) -> None:
-        """Step each block's scheduler; with ReduceLROnPlateau ``metrics`` holds what each block's one watches."""
+    def step(self, metrics: Mapping[int, Any] | None = None) -> None:
+        """Step each block's scheduler; with ReduceLROnPlateau those of the blocks for which there are ``metrics``."""
         for j, scheduler in enumerate(self.schedulers):
-            if isinstance(scheduler, ReduceLROnPlateau):
-                assert metrics is not None
-                scheduler.step(metrics[j])
-            else:
+            if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()
+            elif metrics is not None and j in metrics:
+                scheduler.step(metrics[j])
 
     def get_last_lr(self) -> list[float]:
         """The current learning rate of every parameter group, first block first."""

@@ -23,13 +23,30 @@ class Schedule:
     Attributes:
         buffers: the replay buffer that a block reads from, by block, of those that this process holds.
         draws_blocks: whether blocks are drawn, so that one batch of data makes some step several times, some not at
-            all; a block's epochs, and its learning rate, then go by its own updates.
-        epochs_per_block: after how many epochs of its own a block only passes on its output; None: never.
+            all.
+        counts_own_epochs: whether a block's epochs, and with them its learning rate, go by its own updates.
+        only_block: the one block that trains now; None: all do.
     """
 
     buffers: Mapping[int, ReplayBuffer] = {}
     draws_blocks = False
-    epochs_per_block: int | None = None
+    counts_own_epochs = False
+    only_block: int | None = None
+
+    def num_epochs(self, max_epochs: int | None, num_blocks: int) -> int | None:
+        """How many epochs Lightning is to train, where ``Trainer(max_epochs)`` is ``max_epochs``; here: as many.
+
+        Raises:
+            ValueError: if these are too few.
+        """
+        return max_epochs
+
+    def start_step(self, epoch: int) -> None:
+        """Prepare for a step of Lightning's epoch ``epoch``, counting from 0."""
+
+    def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
+        """Whether a block that has taken ``updates`` local steps only passes on its output from now on."""
+        return False
 
     def start(self, blocks: range, num_blocks: int, seed: int) -> None:
         """Prepare for a run.
@@ -141,13 +158,17 @@ class Asynchronous(Schedule):
         self._generator: torch.Generator | None = None
 
     @override
+    def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
+        return self.epochs_per_block is not None and updates >= self.epochs_per_block * batches_per_epoch
+
+    @override
     def start(self, blocks: range, num_blocks: int, seed: int) -> None:
         unknown = [block for block in self.slowdown if block not in range(num_blocks)]
         if unknown:
             raise ValueError(
                 f"slowdown is given for block {unknown[0]!r}, but there are blocks 0 to {num_blocks - 1} only."
             )
-        self.draws_blocks = len(blocks) == num_blocks
+        self.draws_blocks = self.counts_own_epochs = len(blocks) == num_blocks
         if self.slowdown and not self.draws_blocks:
             raise ValueError(
                 f"slowdown={self.slowdown} simulates slow blocks in one process; on several ranks their real speeds "
@@ -197,7 +218,67 @@ class Asynchronous(Schedule):
             self._generator.set_state(state_dict["generator"])
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"sync": Synchronous, "async": Asynchronous}
+class Sequential(Schedule):
+    """Greedy training one block after another, the baseline that decoupled training is compared with.
+
+    Block 0 trains for ``epochs_per_block`` epochs; then it is frozen, its BatchNorm in eval mode, and block 1 trains on
+    its output; and so on. ``Trainer(max_epochs=...)`` counts the epochs of all blocks together; training ends when the
+    last block has had its own. Each block's learning-rate scheduler starts with its first epoch.
+
+    Args:
+        epochs_per_block: None shares ``max_epochs`` equally among the blocks.
+
+    Raises:
+        ValueError: when training starts, if ``max_epochs`` does not leave as many for each block, or there are several
+            ranks: all but one of them would idle.
+    """
+
+    counts_own_epochs = True
+
+    def __init__(self, epochs_per_block: int | None = None) -> None:
+        if epochs_per_block is not None:
+            check_at_least("epochs_per_block", epochs_per_block, 1)
+        self.epochs_per_block = epochs_per_block
+        self.only_block = 0
+        self._epochs_each = 1
+        self._num_blocks = 1
+
+    @override
+    def num_epochs(self, max_epochs: int | None, num_blocks: int) -> int | None:
+        limit = None if max_epochs == -1 else max_epochs
+        if self.epochs_per_block is not None:
+            self._epochs_each = self.epochs_per_block
+        elif limit is not None and limit % num_blocks == 0:
+            self._epochs_each = limit // num_blocks
+        else:
+            raise ValueError(
+                f"max_epochs={max_epochs} cannot be shared equally among {num_blocks} blocks. Pass a multiple of "
+                f"{num_blocks}, or DGLStrategy(Sequential(epochs_per_block=...))."
+            )
+        needed = self._epochs_each * num_blocks
+        if limit is not None and limit < needed:
+            raise ValueError(
+                f"max_epochs={max_epochs} is too few for {num_blocks} blocks × {self._epochs_each} epochs_per_block. "
+                f"Pass Trainer(max_epochs={needed}), or -1."
+            )
+        self._num_blocks = num_blocks
+        return needed
+
+    @override
+    def start_step(self, epoch: int) -> None:
+        self.only_block = min(epoch // self._epochs_each, self._num_blocks - 1)
+
+    @override
+    def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
+        return self.only_block is not None and block < self.only_block
+
+    @override
+    def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
+        assert self.only_block is not None
+        super().step(local_step, blocks[: self.only_block + 1], inputs, targets)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"sync": Synchronous, "async": Asynchronous, "sequential": Sequential}
 
 
 def make_schedule(schedule: str | Schedule) -> Schedule:

@@ -53,7 +53,7 @@ from lightning_dgl.distributed.launcher import RankLauncher
 from lightning_dgl.distributed.signals import take_over
 from lightning_dgl.module import DGLModule
 from lightning_dgl.preconditions import check_same, check_trainer, fingerprint
-from lightning_dgl.schedules import Asynchronous, Schedule, make_schedule
+from lightning_dgl.schedules import Asynchronous, Schedule, Sequential, make_schedule
 
 
 class DGLStrategy(ParallelStrategy):
@@ -65,7 +65,8 @@ class DGLStrategy(ParallelStrategy):
     same blocks average their gradients.
 
     Args:
-        schedule: "sync", "async", or a schedule such as :class:`~lightning_dgl.Asynchronous`: which block steps when.
+        schedule: "sync", "async", "sequential", or a schedule such as :class:`~lightning_dgl.Asynchronous`: which block
+            steps when.
         codec: None, "half", a :class:`~lightning_dgl.VectorQuantizer`, or a list with one of these for each boundary:
             what makes the output of a block smaller that the next one trains on, wherever that is.
         data_parallel_size: R, how many replicas of every stage there are; ranks = R × stages.
@@ -174,6 +175,11 @@ class DGLStrategy(ParallelStrategy):
             )
         if self._num_ranks == 1:
             return
+        if isinstance(self.schedule, Sequential):
+            raise ValueError(
+                f"Sequential trains one block at a time, so of {self._num_ranks} ranks all but one would idle. Pass "
+                "devices=1, or schedule='sync', which trains all blocks at once."
+            )
         assert self.cluster_environment is not None
         if self._start_method == "popen":
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
