@@ -4,51 +4,43 @@
     python examples/cifar10.py                                           # the paper's six layers, in six blocks
     python examples/cifar10.py --network resnet18 --blocks 4 --head mlp_sr
     python examples/cifar10.py --method backprop                         # the same network, end to end
+    python examples/cifar10.py --method sequential                       # one block after another
     python examples/cifar10.py --method async --slowdown 1.5 --codec 256x8
     python examples/cifar10.py --data digits --epochs 5                  # a minute on a laptop, no download
+    python examples/cifar10.py --wandb online                            # with Weights & Biases
 
 The default protocol is the paper's: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4, a fifth of the
 learning rate every 15 epochs, 50 epochs, batch 128, random crops and flips. There is no validation split, as in the
-paper: the accuracies are those on the test set, at the end of training.
+paper: val/acc is the accuracy on the test set.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from rich.progress import Progress
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR
 from torch.optim.swa_utils import update_bn
 
-from lightning_dgl import Asynchronous, DGLModule, DGLStrategy, VectorQuantizer
+from lightning_dgl import Asynchronous, DGLModule, DGLStrategy, Sequential
 
 try:
+    from dni import DNIModule
     from image_data import Images, Preprocessing, batches, load
     from networks import make_network
+    from recipe import add_arguments, add_codec, be_quiet, finish, make_callbacks, make_codec, make_loggers
 except ImportError as error:
     sys.exit(f'{error}. This example needs torchvision and scikit-learn: pip install "lightning-dgl[examples]"')
 
-METHODS = ("dgl", "async", "backprop")
-
-
-def codec(text: str) -> str | tuple[int, int] | None:
-    """What ``--codec`` says: raw (None), "half", or a number of codes and their dimension, such as 256x8."""
-    if text in ("raw", "half"):
-        return None if text == "raw" else "half"
-    num_codes, _, code_dim = text.partition("x")
-    if not (num_codes.isdecimal() and code_dim.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be raw, half, or codes x dimension such as 256x8, got {text!r}")
-    return int(num_codes), int(code_dim)
+METHODS = ("dgl", "async", "sequential", "backprop", "dni", "cdni")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,22 +55,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", default="dgl", choices=METHODS)
     parser.add_argument("--blocks", type=int, help="how many; default: each layer a block, four for torchvision's")
     parser.add_argument("--head", default="mlp_sr", choices=("linear", "mlp", "mlp_sr", "cnn"))
-    parser.add_argument("--codec", type=codec, help="between blocks: raw, half, or codes x dimension such as 256x8")
+    add_codec(parser)
     parser.add_argument("--buffer-size", type=int, default=8, help="of async, in batches")
     parser.add_argument("--slow-block", type=int, default=2, help="of async, which block is slowed down, from 0")
     parser.add_argument("--slowdown", type=float, default=1.0, help="of async, how many times slower it is")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--step-epochs", type=int, default=15, help="epochs between drops of the learning rate, to 1/5")
+    parser.add_argument("--epochs", type=int, default=50, help="of each block")
+    parser.add_argument("--optimizer", default="sgd", choices=("sgd", "adam"))
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=5e-4, help="of sgd")
+    parser.add_argument("--drops", type=int, nargs="*", default=[15, 30, 45], help="after which epochs the rate drops")
+    parser.add_argument("--drop-to", type=float, default=0.2, help="which part of the learning rate is left then")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--update-bn", action="store_true", help="compute BatchNorm's statistics anew after training")
-    parser.add_argument("--compile", action="store_true", help="by torch.compile; needs a C++ compiler")
+    parser.add_argument("--precision", default="32-true", help="as of Lightning's Trainer")
+    add_arguments(parser)
     args = parser.parse_args(arguments)
-    if isinstance(args.codec, tuple):
-        # The trainings here are shorter than those that the default decay of 0.99 is for.
-        args.codec = VectorQuantizer(*args.codec, decay=0.9, compile=args.compile)
     try:
         make_network(args.network, 3, 10, args.channels)
     except ValueError as error:
@@ -95,8 +88,8 @@ def load_images(args: argparse.Namespace) -> tuple[Images, Images]:
     return train, test
 
 
-class Module(DGLModule):
-    """A DGLModule that gets uint8 images."""
+class Preprocessed(L.LightningModule):
+    """Makes what a network takes of a batch of uint8 images, on the device."""
 
     preprocessing: Preprocessing
 
@@ -105,49 +98,75 @@ class Module(DGLModule):
         return self.preprocessing(images, self.trainer.training), labels
 
 
-def make_module(images: Images, args: argparse.Namespace) -> Module:
+class PreprocessedDGL(Preprocessed, DGLModule):
+    pass
+
+
+class PreprocessedDNI(Preprocessed, DNIModule):
+    pass
+
+
+def make_module(images: Images, args: argparse.Namespace) -> PreprocessedDGL | PreprocessedDNI:
     in_channels, *size = images[0].shape[1:]
-    network, split_at = make_network(args.network, in_channels, int(images[1].max()) + 1, args.channels)
-    if args.method == "backprop":
-        cuts: dict[str, Any] = {"num_blocks": 1}
-    elif args.blocks is None and split_at:
-        cuts = {"split_at": split_at}
+    num_classes = int(images[1].max()) + 1
+    network, split_at = make_network(args.network, in_channels, num_classes, args.channels)
+    module: PreprocessedDGL | PreprocessedDNI
+    if args.method in ("dni", "cdni"):
+        if not split_at:
+            raise ValueError(f"--method {args.method} is for networks of networks.py, got {args.network}.")
+        if args.network == "dni_network":  # a synthesiser before its classifier, too, as in the authors' code
+            split_at = [*split_at, str(len(network) - 2)]
+        example = torch.zeros(2, in_channels, *size)
+        module = PreprocessedDNI(network, split_at, example, num_classes, args.method == "cdni", args.lr)
     else:
-        cuts = {"num_blocks": args.blocks or 4}
+        if args.method == "backprop":
+            cuts: dict[str, Any] = {"num_blocks": 1}
+        elif args.blocks is None and split_at:
+            cuts = {"split_at": split_at}
+        else:
+            cuts = {"num_blocks": args.blocks or 4}
 
-    def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
-        return SGD(params, lr=args.lr, momentum=0.9, weight_decay=5e-4)
+        def optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+            if args.optimizer == "adam":
+                return Adam(params, args.lr)
+            return SGD(params, args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
-    def steps(optimizer: Optimizer) -> LRScheduler:
-        return StepLR(optimizer, args.step_epochs, 0.2)
+        def drops(optimizer: Optimizer) -> LRScheduler:
+            return MultiStepLR(optimizer, args.drops, args.drop_to)
 
-    shape = (2, in_channels, *size)
-    module = Module(network, **cuts, example_input=shape, head=args.head, optimizer=sgd, lr_scheduler=steps)
+        options = {"head": args.head, "optimizer": optimizer, "lr_scheduler": drops}
+        module = PreprocessedDGL(network, **cuts, example_input=(2, in_channels, *size), **options)
     module.preprocessing = Preprocessing(images[0], augment=args.data != "digits")
     return module
 
 
-class UntilAllHaveFinished(L.Callback):
-    """Ends training when the slowest block has taken its last step; shows how far that is."""
+def make_strategy(args: argparse.Namespace) -> Any:
+    if args.method in ("dni", "cdni"):
+        return "auto"
+    schedule: Any = "sync"
+    if args.method == "sequential":
+        schedule = Sequential(args.epochs)
+    elif args.method == "async":
+        slowdown = {args.slow_block: args.slowdown}
+        schedule = Asynchronous(args.buffer_size, slowdown=slowdown, epochs_per_block=args.epochs)
+    return DGLStrategy(schedule, codec=make_codec(args))
 
-    def __init__(self, epochs: int, progress: Progress) -> None:
-        self._epochs, self._progress = epochs, progress
-        self._task = progress.add_task("epochs", total=epochs)
+
+class StopWhenAllHaveFinished(L.Callback):
+    """Ends asynchronous training when the slowest block has taken its last step."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         updates = min(block.updates for block in pl_module.progress)
-        total = self._epochs * trainer.num_training_batches
-        self._progress.update(self._task, completed=int(self._epochs * updates / total))
-        trainer.should_stop = updates >= total
-
-    def on_train_end(self, *_: Any) -> None:
-        self._progress.remove_task(self._task)
+        trainer.should_stop = updates >= self._epochs * trainer.num_training_batches
 
 
 class AllScores(nn.Module):
     """Computes the class scores of every block, for what runs a module on batches of images."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: DGLModule) -> None:
         super().__init__()
         self.module = module
 
@@ -155,63 +174,65 @@ class AllScores(nn.Module):
         return self.module.block_scores(images)
 
 
-def train(args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Train as the arguments say.
+def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str, Any]:
+    """Train as the arguments say; with loggers, and then with a progress bar and an evaluation after every epoch.
 
     Returns:
         ``accuracies``, on the test set, of every block in percent; that of their ``ensemble``; ``compression``, how
-        many times smaller than the blocks' outputs was what the next ones were given, targets and codebooks included.
+        many times smaller than the blocks' outputs was what the next ones were given, targets and codebooks included;
+        ``head_share``, the forward FLOPs of the auxiliary heads over those of the network.
     """
     train_images, test_images = load_images(args)
     L.seed_everything(args.seed, verbose=False)
     module = make_module(train_images, args)
-    schedule: Any = "sync"
-    if args.method == "async":
-        slowdown = {args.slow_block: args.slowdown}
-        schedule = Asynchronous(args.buffer_size, slowdown=slowdown, epochs_per_block=args.epochs)
     trainer = L.Trainer(
-        strategy=DGLStrategy(schedule, codec=args.codec),
+        strategy=make_strategy(args),
         accelerator=args.accelerator,
         devices=1,
-        max_epochs=-1 if args.method == "async" else args.epochs,
-        callbacks=[UntilAllHaveFinished(args.epochs, progress)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
+        precision=args.precision,
+        max_epochs=-1 if args.method in ("async", "sequential") else args.epochs,
+        logger=loggers,
+        callbacks=[
+            *([StopWhenAllHaveFinished(args.epochs)] if args.method == "async" else []),
+            *(make_callbacks(loggers, module) if loggers else []),
+        ],
+        enable_checkpointing=bool(loggers),
+        enable_model_summary=bool(loggers),
+        enable_progress_bar=bool(loggers),
         num_sanity_val_steps=0,
+        log_every_n_steps=10,
     )
-    trainer.fit(module, batches(train_images, args.batch_size, train=True))
+    train_batches, test_batches = batches(train_images, args.batch_size, train=True), batches(test_images, 500)
+    trainer.fit(module, train_batches, test_batches if loggers else None)
     if args.update_bn:
         # With a codec, BatchNorm has seen decoded activations, but what is kept and tested is the network without it.
-        images = (batch.to(module.device) for batch, _ in batches(train_images, args.batch_size, train=True))
+        images = (batch.to(module.device) for batch, _ in train_batches)
         update_bn((module.preprocessing(batch, train=True) for batch in images), AllScores(module))
-    traffic = [own for own in module.boundaries.traffic if own.batches]
+    # Before the test, which starts to count anew.
+    traffic = [own for own in module.boundaries.traffic if own.batches] if isinstance(module, DGLModule) else []
     encoded = sum(own.encoded_bytes for own in traffic)
-    trainer.test(module, batches(test_images, 500, train=False), verbose=False)
+    trainer.test(module, test_batches, verbose=False)
+    if loggers:
+        finish(trainer, module)
     values = {name: 100 * value.item() for name, value in trainer.callback_metrics.items()}
+    if not isinstance(module, DGLModule):
+        accuracy = values["test/acc"]
+        return {"accuracies": [accuracy], "ensemble": accuracy, "compression": 1.0, "head_share": 0.0}
     return {
         "accuracies": [values[f"test/acc_block{j}"] for j in range(module.num_blocks)],
         "ensemble": values["test/acc_ensemble"],
         "compression": sum(own.raw_bytes for own in traffic) / encoded if encoded else 1.0,
+        "head_share": sum(module.head_flops) / sum(module.block_flops),
     }
-
-
-def be_quiet() -> None:
-    """Leave out what Lightning says of every run and nobody needs here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    expected = ("does not have many workers", "GPU available but not used", "LeafSpec", "have no `val_dataloader`")
-    warnings.filterwarnings("ignore", f".*({'|'.join(expected)}).*")
 
 
 def main() -> None:
     be_quiet()
     args = parse()
-    with Progress() as progress:
-        try:
-            outcome = train(args, progress)
-        except (FileNotFoundError, ValueError) as error:
-            sys.exit(str(error))
+    try:
+        outcome = train(args, make_loggers(args, f"{args.network}-{args.method}", [args.network, args.method]))
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
     for j, accuracy in enumerate(outcome["accuracies"]):
         print(f"block {j}: {accuracy:.2f} %")
     print(f"ensemble: {outcome['ensemble']:.2f} %")

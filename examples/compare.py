@@ -18,7 +18,7 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 try:
     import cifar10
     from matplotlib.figure import Figure
+    from recipe import be_quiet
 except ImportError as error:
     sys.exit(f'{error}. This example needs matplotlib: pip install "lightning-dgl[examples]"')
 
@@ -48,8 +49,8 @@ class Experiment:
     common: str
     reduced: str
     lines: dict[str, str]
-    points: dict[str, str]
-    axis: str
+    points: dict[str, str] = field(default_factory=dict)
+    axis: str = "block"
     skip: tuple[tuple[str, str], ...] = ()
 
     def runs(self) -> dict[tuple[str, str], str]:
@@ -62,11 +63,48 @@ class Experiment:
         }
 
 
+LESS_DATA = "--images 10000 --epochs 8 --drops 3 6"
+
 EXPERIMENTS = {
+    "heads": Experiment(
+        "Which auxiliary head?",
+        common="--network six_layers --method dgl",
+        reduced=f"{LESS_DATA} --channels 16",
+        lines={head: f"--head {head}" for head in ("linear", "mlp", "mlp_sr", "cnn")},
+    ),
+    "sequential": Experiment(
+        "All blocks at once, or one after another?",
+        common="--network four_layers --head mlp_sr",
+        reduced=f"{LESS_DATA} --channels 16",
+        lines={
+            "decoupled": "--method dgl",
+            "sequential": "--method sequential",
+            "backpropagation": "--method backprop",
+        },
+    ),
+    "blocks": Experiment(
+        "Into how many blocks?",
+        common="--network resnet110 --head mlp_sr --epochs 300 --lr 0.01 --drops 150 225 --drop-to 0.1",
+        reduced="--network resnet20 --images 10000 --epochs 10 --lr 0.1 --drops 5 8",
+        lines={"DGL": "--method dgl"},
+        points={str(number): f"--blocks {number}" for number in (1, 2, 4, 8)},
+        axis="number of blocks (1: backpropagation)",
+    ),
+    "dni": Experiment(
+        "Local losses, or synthetic gradients?",
+        common="--network dni_network --optimizer adam --lr 3e-5 --drops --batch-size 256 --epochs 1500",
+        reduced="--images 10000 --channels 16 --epochs 15 --lr 1e-3",
+        lines={
+            "backpropagation": "--method backprop",
+            "DGL": "--method dgl --head cnn",
+            "cDNI": "--method cdni",
+            "DNI": "--method dni",
+        },
+    ),
     "delays": Experiment(
         "How slow may a block be?",
         common="--network six_layers_late_pools --head mlp",
-        reduced="--images 10000 --channels 8 --epochs 8 --step-epochs 3",
+        reduced=f"{LESS_DATA} --channels 8",
         lines={
             "synchronous": "--method dgl",
             **{f"M = {size}": f"--method async --buffer-size {size}" for size in (1, 5, 30)},
@@ -78,7 +116,7 @@ EXPERIMENTS = {
     "codecs": Experiment(
         "What does compression cost?",
         common="--network six_layers_late_pools --head mlp --update-bn",
-        reduced="--images 5000 --channels 16 --epochs 8 --step-epochs 3",
+        reduced="--images 5000 --epochs 8 --drops 3 6 --channels 16",
         lines={"synchronous": "--method dgl", "asynchronous": "--method async"},
         points={
             "raw": "--codec raw",
@@ -90,7 +128,7 @@ EXPERIMENTS = {
     ),
 }
 
-COLUMNS = ("arguments", "blocks", "ensemble", "compression", "seconds")
+COLUMNS = ("arguments", "blocks", "ensemble", "compression", "head_share", "seconds")
 
 
 def read(results: Path) -> dict[str, dict[str, str]]:
@@ -105,33 +143,42 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def accuracies(
-    experiment: Experiment, of_run: dict[tuple[str, str], list[dict[str, str]]]
-) -> dict[str, dict[str, list[float]]]:
-    """Accuracies of all seeds in percent for each line and point (then of the last block), or line and block."""
-    values: dict[str, dict[str, list[float]]] = {line: {} for line in experiment.lines}
-    for (line, point), rows in of_run.items():
-        for blocks in ([float(value) for value in row["blocks"].split()] for row in rows):
-            named = {point: blocks[-1]} if point else {str(j): accuracy for j, accuracy in enumerate(blocks)}
-            for name, accuracy in named.items():
+Outcomes = dict[str, dict[str, list[float]]]
+"""Accuracies of all seeds in percent, by line, and by point (then of the last block) or block."""
+
+
+def accuracies(experiment: Experiment, of_run: dict[tuple[str, str], list[dict[str, str]]]) -> Outcomes:
+    values: Outcomes = {line: {} for line in experiment.lines}
+    of_blocks = {names: [[float(a) for a in row["blocks"].split()] for row in rows] for names, rows in of_run.items()}
+    depth = max(len(blocks) for seeds in of_blocks.values() for blocks in seeds)
+    for (line, point), seeds in of_blocks.items():
+        for blocks in seeds:
+            first = depth - len(blocks)  # what is trained as one block stands beside the others' last one
+            by_block = {str(first + j): accuracy for j, accuracy in enumerate(blocks)}
+            for name, accuracy in ({point: blocks[-1]} if point else by_block).items():
                 values[line].setdefault(name, []).append(accuracy)
     return values
 
 
-def table(experiment: Experiment, values: dict[str, dict[str, list[float]]]) -> str:
-    """In Markdown: mean ± standard deviation over the seeds."""
+def columns(values: Outcomes) -> list[str]:
     names = list(dict.fromkeys(name for own in values.values() for name in own))
-    rows = [["", *names], ["---"] * (len(names) + 1)]
-    rows += [
-        [line, *(mean_and_spread(own[name]) if name in own else "" for name in names)] for line, own in values.items()
-    ]
+    return sorted(names, key=float) if all(name.replace(".", "").isdecimal() for name in names) else names
+
+
+def table(values: Outcomes, further: dict[str, dict[str, str]]) -> str:
+    """In Markdown: mean ± standard deviation over the seeds, and ``further`` columns, by title and line."""
+    names = columns(values)
+    rows = [["", *names, *further], ["---"] * (len(names) + len(further) + 1)]
+    for line, own in values.items():
+        cells = [mean_and_spread(own[name]) if name in own else "" for name in names]
+        rows.append([line, *cells, *(of_line[line] for of_line in further.values())])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def figure(experiment: Experiment, values: dict[str, dict[str, list[float]]]) -> Figure:
+def figure(experiment: Experiment, values: Outcomes) -> Figure:
     drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = drawing.subplots()
-    names = list(dict.fromkeys(name for own in values.values() for name in own))
+    names = columns(values)
     are_numbers = all(name.replace(".", "").isdecimal() for name in names)
     places = {name: float(name) if are_numbers else i for i, name in enumerate(names)}
     for line, own in values.items():
@@ -157,7 +204,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the CSV file and the figure")
     parser.epilog = "Further arguments, such as --accelerator gpu, go to cifar10.py in all runs."
     args, further = parser.parse_known_args()
-    cifar10.be_quiet()
+    be_quiet()
 
     experiment = EXPERIMENTS[args.experiment]
     reduced = experiment.reduced if args.protocol == "reduced" else ""
@@ -182,7 +229,7 @@ def main() -> None:
             progress.update(task, description=", ".join(map(str, filter(None, names))))
             began = time.monotonic()
             try:
-                outcome = cifar10.train(own, progress)
+                outcome = cifar10.train(own)
             except FileNotFoundError as error:
                 sys.exit(str(error))
             row = [
@@ -190,6 +237,7 @@ def main() -> None:
                 " ".join(f"{accuracy:.2f}" for accuracy in outcome["accuracies"]),
                 f"{outcome['ensemble']:.2f}",
                 f"{outcome['compression']:.2f}",
+                f"{outcome['head_share']:.4f}",
                 f"{time.monotonic() - began:.0f}",
             ]
             with results.open("a", newline="") as file:
@@ -201,7 +249,11 @@ def main() -> None:
         of_run.setdefault((line, point), []).append(done[arguments])
     values = accuracies(experiment, of_run)
     figure(experiment, values).savefig(results.with_suffix(".png"), dpi=150)
-    print(table(experiment, values))
+    further = {}
+    if not experiment.points:
+        shares = {line: max(float(row["head_share"]) for row in of_run[line, ""]) for line in experiment.lines}
+        further["FLOPs of heads"] = {line: f"{share:.1%}" for line, share in shares.items()}
+    print(table(values, further))
     print(f"Results: {results}, figure: {results.with_suffix('.png')}")
 
 

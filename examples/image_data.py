@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ def load(source: str, folder: Path) -> tuple[Images, Images]:
         folder: where downloads go, and what was decoded of an image folder.
 
     Raises:
-        FileNotFoundError: if there is no such image folder.
+        FileNotFoundError: if there is no such image folder, or one of a class is empty.
+        ValueError: if training and test images are not of the same classes, or an image is broken or of another size.
     """
     if source == "digits":
         return _digits()
@@ -38,16 +40,33 @@ def load(source: str, folder: Path) -> tuple[Images, Images]:
             f"There is no folder {Path(source) / missing[0]}. Data is 'digits', 'cifar10', or a folder with train/ and "
             "test/, which hold a folder of images for each class."
         )
-    decoded = folder / "decoded.pt"
+    where = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:8]
+    decoded = folder / f"{Path(source).resolve().name}-{where}.pt"
     if not decoded.exists():
+        train_files, test_files = (ImageFolder(str(Path(source) / part)) for part in ("train", "test"))
+        if train_files.classes != test_files.classes:
+            raise ValueError(
+                f"{source}/train has classes {train_files.classes}, but test has {test_files.classes}. Unpack the data "
+                "anew, or give both the same folders."
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save([_decode(ImageFolder(str(Path(source) / part))) for part in ("train", "test")], decoded)
+        images = [_decode(train_files), _decode(test_files)]
+        torch.save(images, decoded.with_suffix(".part"))
+        decoded.with_suffix(".part").rename(decoded)
     train, test = torch.load(decoded)
     return train, test
 
 
-def _decode(images: ImageFolder) -> Images:
-    return torch.stack([pil_to_tensor(image) for image, _ in images]), torch.tensor(images.targets)
+def _decode(files: ImageFolder) -> Images:
+    images = []
+    for path, _ in files.samples:
+        try:
+            images.append(pil_to_tensor(files.loader(path)))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}. Unpack the data anew.") from error
+        if images[-1].shape != images[0].shape:
+            raise ValueError(f"{path} is of shape {tuple(images[-1].shape)}, others of {tuple(images[0].shape)}.")
+    return torch.stack(images), torch.tensor(files.targets)
 
 
 def _digits() -> tuple[Images, Images]:
@@ -61,11 +80,13 @@ def _digits() -> tuple[Images, Images]:
     return (x[train], y[train]), (x[test], y[test])
 
 
-def batches(images: Images, batch_size: int, train: bool) -> DataLoader[Images]:
+def batches(images: Images, batch_size: int, train: bool = False) -> DataLoader[Images]:
     """Batches of uint8 images, made in one piece; for training shuffled, without the incomplete last one."""
     dataset = TensorDataset(*images)
-    sampler = RandomSampler(dataset) if train else SequentialSampler(dataset)
-    return DataLoader(dataset, sampler=BatchSampler(sampler, batch_size, drop_last=train), batch_size=None)  # type: ignore[arg-type]
+    sampler = BatchSampler(RandomSampler(dataset) if train else SequentialSampler(dataset), batch_size, drop_last=train)
+    # Evaluation draws its loader's seed from elsewhere, so that training goes on as it would without.
+    generator = None if train else torch.Generator()
+    return DataLoader(dataset, sampler=sampler, batch_size=None, generator=generator)  # type: ignore[arg-type]
 
 
 class Preprocessing:

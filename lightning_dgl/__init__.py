@@ -6,6 +6,7 @@ from lightning_dgl.codecs import Message, VectorQuantizer
 from lightning_dgl.distributed import RankFailedError
 from lightning_dgl.heads import CNNHead, LinearHead, MLPHead, MLPSRHead
 from lightning_dgl.module import DGLModule, NonFiniteLossError
+from lightning_dgl.plots import plot_blocks
 from lightning_dgl.replay import ReplayBuffer
 from lightning_dgl.schedules import Asynchronous, Schedule, Sequential, Synchronous
 from lightning_dgl.splitting import SplitError, SplitPoint, find_split_points, split
@@ -33,5 +34,6 @@ __all__ = [
     "VectorQuantizer",
     "__version__",
     "find_split_points",
+    "plot_blocks",
     "split",
 ]

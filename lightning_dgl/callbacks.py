@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,12 +28,17 @@ class BlockSummary(Callback):
     For each block: its first and last layer, output shape, parameters, share of the network's forward FLOPs, its
     auxiliary head with the head's FLOPs relative to the block's, and the device, or the ranks that train it. A
     DGLModule adds it by itself wherever Lightning shows its own ModelSummary (``Trainer(enable_model_summary=...)``).
+    Loggers that keep tables (WandbLogger) are given it as ``blocks``.
     """
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             Console().print(block_table(pl_module))  # type: ignore[arg-type]
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    columns, rows = _blocks(pl_module)  # type: ignore[arg-type]
+                    logger.log_table("blocks", [column.replace("\n", " ") for column in columns], rows)
 
 
 class BlockMonitor(Callback):
@@ -181,18 +187,24 @@ def _traffic_table(rows: dict[int, list[str]]) -> Table:
 
 def block_table(module: DGLModule) -> Table:
     """The table that :class:`BlockSummary` prints."""
+    columns, rows = _blocks(module)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
     table.add_column("", style="dim")
-    table.add_column("Layers", overflow="fold")
-    table.add_column("Output", no_wrap=True)
-    table.add_column("Params", justify="right", no_wrap=True)
-    table.add_column("FLOPs", justify="right", no_wrap=True)
-    table.add_column("Head", no_wrap=True)
-    table.add_column("Head\nparams", justify="right", no_wrap=True)
-    table.add_column("Head\nFLOPs", justify="right", no_wrap=True)
+    for column in columns[1:]:
+        is_number = column in ("Params", "FLOPs", "Head\nparams", "Head\nFLOPs")
+        overflow: Any = {"overflow": "fold"} if column == "Layers" else {"no_wrap": True}
+        table.add_column(column, justify="right" if is_number else "left", **overflow)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _blocks(module: DGLModule) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of blocks."""
     ranks = module.ranks_of_blocks()
-    table.add_column("Ranks" if ranks else "Device", no_wrap=True)
+    columns = ["Block", "Layers", "Output", "Params", "FLOPs", "Head", "Head\nparams", "Head\nFLOPs"]
     total = sum(module.block_flops)
+    rows = []
     for j, block in enumerate(module.blocks):
         if j < len(module.heads):
             output = "×".join(str(size) for size in module.split_points[j].shape[1:])
@@ -203,8 +215,8 @@ def block_table(module: DGLModule) -> Table:
         device = next((str(p.device) for p in block.parameters()), "-")
         where = ", ".join(map(str, ranks[j])) if ranks else device
         flops = _percent(module.block_flops[j], total)
-        table.add_row(str(j), module.block_names[j], output, _count(block), flops, *head, where)
-    return table
+        rows.append([str(j), module.block_names[j], output, _count(block), flops, *head, where])
+    return [*columns, "Ranks" if ranks else "Device"], rows
 
 
 def _percent(part: float, whole: float) -> str:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import logging
+import re
+import shutil
+import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch import nn
 from torchvision.transforms.functional import to_pil_image
+from wandb.proto import wandb_internal_pb2
+
+from tests.conftest import loader
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--epochs", "1", "--images", "256", "--channels", "8", "--accelerator", "cpu")
@@ -28,8 +37,8 @@ def rows(folder: Path, experiment: str) -> list[dict[str, Any]]:
     return list(csv.DictReader((folder / "results" / f"{experiment}.csv").read_text().splitlines()))
 
 
-def image_folder(folder: Path) -> Path:
-    for part, number in (("train", 160), ("test", 8)):
+def image_folder(folder: Path, parts: Sequence[tuple[str, int]] = (("train", 160), ("test", 8))) -> Path:
+    for part, number in parts:
         for name in ("cat", "dog"):
             (folder / part / name).mkdir(parents=True)
             for i in range(number):
@@ -42,15 +51,15 @@ Main = Callable[..., None]
 
 
 @pytest.fixture
-def cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Main]:
-    """What the script does, in this process."""
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Main]:
+    """What a script does, in this process: ``script("cifar10", "--data", "digits")``."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
     level = logging.getLogger("lightning.pytorch").level
 
-    def main(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["cifar10.py", *arguments])
-        importlib.import_module("cifar10").main()
+    def main(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        importlib.import_module(name).main()
 
     yield main
     logging.getLogger("lightning.pytorch").setLevel(level)
@@ -75,13 +84,13 @@ def test_a_comparison_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_comparison_is_repeated_by_its_arguments(
-    cifar10: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    script: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = run("compare.py", tmp_path, "codecs", "--data", "digits", *TINY, "--channels", "16", "--seeds", "3")
     assert done.returncode == 0, done.stderr
     row = next(row for row in rows(tmp_path, "codecs") if "256x8" in row["arguments"])
     assert 20 < float(row["compression"]) < 32
-    cifar10(*row["arguments"].split())
+    script("cifar10", *row["arguments"].split())
     alone = capsys.readouterr().out
     for j, accuracy in enumerate(row["blocks"].split()):
         assert f"block {j}: {accuracy} %" in alone
@@ -94,12 +103,16 @@ def test_a_run_of_a_comparison_is_repeated_by_its_arguments(
         ("--network", "resnet20", "--blocks", "3", "--head", "linear"),
         ("--network", "vgg11_bn", "--method", "backprop"),
         ("--network", "dni_network", "--method", "async", "--slowdown", "2", "--channels", "8"),
+        ("--network", "dni_network", "--method", "cdni", "--channels", "8", "--lr", "1e-3"),
+        ("--network", "four_layers", "--method", "sequential", "--channels", "8"),
     ],
 )
 def test_any_network_on_any_folder_of_images(
-    arguments: tuple[str, ...], cifar10: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], script: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cifar10("--data", str(image_folder(tmp_path / "pets")), "--epochs", "1", "--accelerator", "cpu", *arguments)
+    script(
+        "cifar10", "--data", str(image_folder(tmp_path / "pets")), "--epochs", "1", "--accelerator", "cpu", *arguments
+    )
     assert "ensemble: " in capsys.readouterr().out
 
 
@@ -115,11 +128,171 @@ def test_any_network_on_any_folder_of_images(
     ],
 )
 def test_arguments_that_do_not_fit(
-    arguments: tuple[str, ...], message: str, cifar10: Main, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, script: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        cifar10(*arguments)
+        script("cifar10", *arguments)
     assert message in " ".join(f"{ended.value} {capsys.readouterr().err}".split())
+
+
+def break_an_image(folder: Path) -> None:
+    (folder / "test" / "dog" / "3.png").write_bytes(b"not an image")
+
+
+def leave_out_a_class(folder: Path) -> None:
+    shutil.rmtree(folder / "test" / "dog")
+
+
+def empty_a_class(folder: Path) -> None:
+    for image in (folder / "train" / "dog").iterdir():
+        image.unlink()
+
+
+def add_another_size(folder: Path) -> None:
+    to_pil_image(torch.zeros(3, 20, 20, dtype=torch.uint8)).save(folder / "train" / "dog" / "z.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_an_image, "test/dog/3.png cannot be read: cannot identify image file"),
+        (leave_out_a_class, "train has classes ['cat', 'dog'], but test has ['cat']. Unpack the data anew"),
+        (empty_a_class, "Found no valid file for the classes dog"),
+        (add_another_size, "train/dog/z.png is of shape (3, 20, 20), others of (3, 32, 32)"),
+    ],
+)
+def test_broken_image_folders(spoil: Callable[[Path], None], message: str, script: Main, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "pets")
+    spoil(folder)
+    with pytest.raises(SystemExit) as ended:
+        script("cifar10", "--data", str(folder))
+    assert message in str(ended.value)
+    assert not list((tmp_path / "data").glob("*.pt"))  # nothing half-decoded is left for the next run
+
+
+def records(file: Path) -> Iterator[Any]:
+    """What Weights & Biases wrote for a run: a log of 32 KiB blocks, each record in one part or several."""
+    data, at, parts = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def test_weights_and_biases_records_a_run(script: Main, tmp_path: Path) -> None:
+    arguments = ("--data", "digits", "--epochs", "1", "--channels", "8", "--accelerator", "cpu")
+    script("cifar10", *arguments, "--wandb", "offline", "--codec", "16x8")
+    (file,) = tmp_path.glob("runs/**/run-*.wandb")
+    history: set[str] = set()
+    config: dict[str, str] = {}
+    artifacts = []
+    for record in records(file):
+        match record.WhichOneof("record_type"):
+            case "history":
+                history |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+            case "config":
+                config |= {item.key or "/".join(item.nested_key): item.value_json for item in record.config.update}
+            case "artifact":
+                artifacts.append(record.artifact.type)
+    assert config["network"] == '"six_layers"' and config["lr"] == "0.1" and config["codec"] == "[16,8]"
+    for j in range(6):  # a panel section for each of train/, val/, monitor/ and lr/
+        assert {f"train/loss_block{j}", f"val/acc_block{j}", f"monitor/updates_block{j}", f"lr/block{j}"} <= history
+    assert {"val/acc_ensemble", "monitor/compression_block0", "blocks/nrows", "plots/blocks/count"} <= history
+    assert artifacts == ["run_table", "model"]
+
+
+def test_logs_plot_and_checkpoint_are_left(script: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script("cifar10", "--data", "digits", *TINY)
+    folder = tmp_path / "runs" / "six_layers-dgl" / "version_0"
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left == {"metrics.csv", "hparams.yaml", "blocks.png", "checkpoints/last.ckpt"}
+    assert "--wandb online or offline logs to Weights & Biases, too" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("package", "arguments"), [("wandb", ("--wandb", "offline")), ("matplotlib.figure", ())])
+def test_packages_that_are_missing(
+    package: str,
+    arguments: tuple[str, ...],
+    script: Main,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", package != "wandb")
+    message = ""
+    try:
+        script("cifar10", "--data", "digits", *TINY, *arguments)
+    except SystemExit as ended:
+        message = str(ended)
+    name = package.partition(".")[0]
+    assert f"pip install {name}" in message + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("network", "blocks"), [("vgg13_bn", "4"), ("vgg19_bn", "2"), ("resnet152", "2")])
+def test_imagenet_trains_the_papers_networks(network: str, blocks: str, script: Main, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "pets", parts=(("train", 4), ("val", 2)))
+    arguments = ("--data", str(folder), "--network", network, "--blocks", blocks, "--image-size", "32")
+    small = ("--batch-size", "4", "--limit-batches", "2", "--epochs", "1", "--workers", "0", "--accelerator", "cpu")
+    script("imagenet", *arguments, *small)
+    (log,) = tmp_path.glob("runs/*/version_0/metrics.csv")
+    columns = log.read_text().splitlines()[0].split(",")
+    assert {f"val/{name}_block{j}" for name in ("loss", "acc", "acc5") for j in range(int(blocks))} <= set(columns)
+
+
+def test_imagenet_measures_throughput_without_data(script: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--network", "resnet18", "--blocks", "2", "--image-size", "32", "--batch-size", "2")
+    script("imagenet", "--synthetic", "5", *arguments, "--accelerator", "cpu")
+    assert re.search(r"\d+ images/s in training, over 2 steps", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "nowhere"), "There is no folder nowhere/train. --data is a folder with train/ and val/."),
+        (("--data", "nowhere", "--network", "vgg12"), "got 'vgg12'"),
+        ((), "one of the arguments --data --synthetic is required"),
+    ],
+)
+def test_imagenet_arguments_that_do_not_fit(
+    arguments: tuple[str, ...], message: str, script: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script("imagenet", *arguments)
+    assert message in " ".join(f"{ended.value} {capsys.readouterr().err}".split())
+
+
+def test_dni_equals_a_plain_loop(script: Main, make_trainer: Callable[..., L.Trainer]) -> None:
+    dni = importlib.import_module("dni")
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU())]
+    network = nn.Sequential(*layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)))
+    module = dni.DNIModule(network, ["0", "1"], torch.zeros(2, 3, 8, 8), 4, context=True, lr=1e-3)
+    for synthesiser in module.synthesisers:
+        nn.init.normal_(synthesiser.last.weight, std=0.1)  # else the blocks before would learn nothing at first
+    plain, synthesisers = copy.deepcopy(network), copy.deepcopy(module.synthesisers)
+    optimizer = torch.optim.Adam([*plain.parameters(), *synthesisers.parameters()], 1e-3)
+    for x, y in loader():
+        h0 = plain[0](x)
+        h1 = plain[1](x1 := h0.detach().requires_grad_())
+        loss = nn.functional.cross_entropy(plain[2](x2 := h1.detach().requires_grad_()), y)
+        g0, g1 = synthesisers[0](x1.detach(), y), synthesisers[1](x2.detach(), y)
+        (true1,) = torch.autograd.grad(loss, x2, retain_graph=True)
+        (true0,) = torch.autograd.grad((h1 * g1.detach()).sum(), x1, retain_graph=True)
+        optimizer.zero_grad()
+        errors = nn.functional.mse_loss(g0, true0) + nn.functional.mse_loss(g1, true1)
+        ((h0 * g0.detach()).sum() + (h1 * g1.detach()).sum() + loss + errors).backward()
+        optimizer.step()
+    make_trainer(strategy="auto", max_epochs=1).fit(module, loader())
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(network.state_dict()[name], value, atol=1e-6), name
 
 
 def test_slow_link_shows_what_each_codec_sends(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""What the training scripts share: the codec that was asked for; what a run leaves behind: log, plots, checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from lightning_dgl import BlockMonitor, DGLModule, VectorQuantizer, plot_blocks
+
+
+def be_quiet() -> None:
+    """Leave out what Lightning says of every run and nobody needs here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    expected = ("does not have many workers", "GPU available but not used", "LeafSpec", "have no `val_dataloader`")
+    warnings.filterwarnings("ignore", f".*({'|'.join(expected)}).*")
+
+
+def add_codec(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`make_codec` reads."""
+    parser.add_argument("--codec", type=_codec, help="between blocks: raw, half, or codes x dimension such as 256x8")
+    parser.add_argument("--compile", action="store_true", help="the search for codes; needs a C++ compiler")
+
+
+def _codec(text: str) -> str | tuple[int, int] | None:
+    """What ``--codec`` says: raw (None), "half", or a number of codes and their dimension, such as 256x8."""
+    if text in ("raw", "half"):
+        return None if text == "raw" else "half"
+    num_codes, _, code_dim = text.partition("x")
+    if not (num_codes.isdecimal() and code_dim.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be raw, half, or codes x dimension such as 256x8, got {text!r}")
+    return int(num_codes), int(code_dim)
+
+
+def make_codec(args: argparse.Namespace) -> str | VectorQuantizer | None:
+    if not isinstance(args.codec, tuple):
+        return args.codec
+    # The trainings here are shorter than those that the default decay of 0.99 is for.
+    return VectorQuantizer(*args.codec, decay=0.9, compile=args.compile)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those that say where the outcome of a run goes."""
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for logs, plots and checkpoints")
+    parser.add_argument(
+        "--wandb", default="disabled", choices=("online", "offline", "disabled"), help="log to Weights & Biases, too"
+    )
+
+
+def make_loggers(args: argparse.Namespace, name: str, tags: list[str]) -> list[Logger]:
+    """A CSV log below ``args.output``, and Weights & Biases; the settings of the run are kept in both."""
+    loggers: list[Logger] = [CSVLogger(args.output, name=name)]
+    if args.wandb == "disabled":
+        print("Logged to CSV files only; --wandb online or offline logs to Weights & Biases, too.")
+    else:
+        try:
+            # The run's own folder, whatever else was logged below args.output before.
+            loggers.append(
+                WandbLogger(
+                    name=name,
+                    project="lightning-dgl",
+                    save_dir=loggers[0].log_dir,
+                    offline=args.wandb == "offline",
+                    tags=tags,
+                )
+            )
+        except ModuleNotFoundError:
+            sys.exit("--wandb needs the package wandb: pip install wandb, or leave it out")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    for logger in loggers:
+        logger.log_hyperparams(settings)
+    return loggers
+
+
+def make_callbacks(loggers: Sequence[Logger], module: L.LightningModule) -> list[L.Callback]:
+    """Keep the last state, and watch learning rates and blocks."""
+    checkpoint = ModelCheckpoint(Path(str(loggers[0].log_dir)) / "checkpoints", filename="last")
+    return [checkpoint, LearningRateMonitor("epoch"), *([BlockMonitor()] if isinstance(module, DGLModule) else [])]
+
+
+def finish(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Plot what was logged, and give plot and checkpoint to Weights & Biases."""
+    folder = Path(str(trainer.loggers[0].log_dir))
+    plot: Path | None = None
+    if isinstance(module, DGLModule):
+        try:
+            plot_blocks(folder).savefig(plot := folder / "blocks.png", dpi=150)
+        except ImportError as error:
+            print(f"No plots were drawn: {error}")
+    print(f"Log{', plot' if plot else ''} and checkpoint: {folder}")
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            if plot is not None:
+                logger.log_image("plots/blocks", [str(plot)])
+            checkpoint = trainer.checkpoint_callback
+            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+                logger.experiment.log_artifact(checkpoint.best_model_path, f"checkpoint-{logger.version}", type="model")
+            logger.experiment.finish()
