@@ -6,7 +6,7 @@ Needs root, and the programs ``ip`` and ``tc`` (iproute2), to make the namespace
 are removed at the end. Two blocks of equal cost, one on each rank, one thread a rank, images of 32×32 in memory, as in
 benchmarks.parallel:
 
-- ``raw``, ``half``, ``vq-D``: DGL, with DGLStrategy(codec=None), "half", or VectorQuantizer(256, code_dim=D);
+- ``raw``, ``half``, ``vq-D``: DGL, with DGLStrategy(codec=None), "half", or VectorQuantizer(256, D, compile=True);
 - ``1f1b``: torch.distributed.pipelining with 1F1B and 4 micro-batches, which sends activations and their gradients;
 - ``ddp``: end-to-end backpropagation under Lightning's DDP, each rank on half of the batch, which sends gradients.
 
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,9 @@ def work(method: str, rank: int, how: dict[str, int]) -> Reading:
     if method in ("1f1b", "ddp"):
         name = "1f1b-2x1-m4" if method == "1f1b" else "backprop-2x1"
         return train(rank, Setup.parse(name, **how), num_nodes=2)
-    codec = VectorQuantizer(256, int(method.removeprefix("vq-"))) if method.startswith("vq-") else method
+    codec: Any = method
+    if method.startswith("vq-"):
+        codec = VectorQuantizer(256, int(method.removeprefix("vq-")), compile=True)
     return train(rank, Setup.parse("dgl-2x1", **how), None if codec == "raw" else codec, num_nodes=2)
 
 

@@ -44,6 +44,7 @@ def plot_blocks(log_dir: str | Path, metric: str = "val/acc") -> Figure:
         raise ValueError(f"{file} has no {metric}_block0, ... It has those of {found or 'no metric of blocks'}.")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("plot_blocks draws with matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -53,6 +54,7 @@ def plot_blocks(log_dir: str | Path, metric: str = "val/acc") -> Figure:
     if "ensemble" in curves and len(blocks) > 1:
         ensemble = curves["ensemble"]
         over_epochs.plot([epoch + 1 for epoch in ensemble], list(ensemble.values()), "k--", label="ensemble")
+    over_epochs.xaxis.set_major_locator(MaxNLocator(integer=True))
     over_epochs.set(xlabel="epoch", ylabel=metric, title="Over the epochs")
     for label, epoch in _epochs_to_show(blocks[max(blocks)]).items():
         at_epoch = {j: curve[epoch] for j, curve in sorted(blocks.items()) if epoch in curve}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    from tests.jobs import Job
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,6 +67,15 @@ def small_data(num_samples: int = 40, num_classes: int = 4) -> TensorDataset:
 
 def loader(num_samples: int = 40, batch_size: int = 8, **kwargs: Any) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(small_data(num_samples), batch_size=batch_size, **kwargs)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """A training in processes of its own, ended with the test."""
+    from tests.jobs import Job  # which needs what is defined here
+
+    with Job(tmp_path) as job:
+        yield job
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,12 +23,6 @@ from tests.jobs import PATIENCE, Job, Outcome, by_hand, make_module, make_traine
 
 BATCHES = 60  # of each epoch
 BLOCKS = {2: [range(0, 2), range(2, 4)], 3: [range(0, 2), range(2, 3), range(3, 4)]}
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    with Job(tmp_path) as job:
-        yield job
 
 
 class Steps(L.Callback):

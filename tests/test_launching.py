@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,13 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_dgl import Asynchronous, DGLStrategy, Synchronous
 from tests.conftest import Backpropagation, loader, small_cnn, small_data
 from tests.jobs import Job, Outcome, by_hand, by_slurm, free_port, make_module, make_trainer, train
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    with Job(tmp_path) as job:
-        yield job
-
 
 # Ways to start ranks
 

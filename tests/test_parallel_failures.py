@@ -30,12 +30,6 @@ from lightning_dgl.distributed.signals import take_over
 from tests.jobs import PATIENCE, Job, Outcome, by_hand, by_slurm, train
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    with Job(tmp_path) as job:
-        yield job
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Outcome]]:
     """The same training in one process, where nothing fails."""
