@@ -121,7 +121,10 @@ EXPERIMENTS = {
         points={
             "raw": "--codec raw",
             "half": "--codec half",
-            **{f"256 codes of {dim}": f"--codec 256x{dim}" for dim in (4, 8, 16)},
+            "256 codes of 4": "--codec 256x4",
+            "two times 256 codes of 8": "--codec 256x8x2",
+            "256 codes of 8": "--codec 256x8",
+            "256 codes of 16": "--codec 256x16",
         },
         axis="codec",
         skip=(("asynchronous", "half"),),

@@ -25,25 +25,28 @@ def be_quiet() -> None:
 
 def add_codec(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that :func:`make_codec` reads."""
-    parser.add_argument("--codec", type=_codec, help="between blocks: raw, half, or codes x dimension such as 256x8")
+    parser.add_argument(
+        "--codec", type=_codec, help="between blocks: raw, half, or 256x8: codes x dimension (x codebooks)"
+    )
     parser.add_argument("--compile", action="store_true", help="the search for codes; needs a C++ compiler")
 
 
-def _codec(text: str) -> str | tuple[int, int] | None:
-    """What ``--codec`` says: raw (None), "half", or a number of codes and their dimension, such as 256x8."""
+def _codec(text: str) -> str | list[int] | None:
+    """What ``--codec`` says: raw (None), "half", or a number of codes, their dimension, and that of codebooks."""
     if text in ("raw", "half"):
         return None if text == "raw" else "half"
-    num_codes, _, code_dim = text.partition("x")
-    if not (num_codes.isdecimal() and code_dim.isdecimal()):
+    numbers = text.split("x")
+    if len(numbers) not in (2, 3) or not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"must be raw, half, or codes x dimension such as 256x8, got {text!r}")
-    return int(num_codes), int(code_dim)
+    return [int(number) for number in numbers]
 
 
 def make_codec(args: argparse.Namespace) -> str | VectorQuantizer | None:
-    if not isinstance(args.codec, tuple):
+    if not isinstance(args.codec, list):
         return args.codec
+    num_codes, code_dim, num_codebooks = [*args.codec, 1][:3]
     # The trainings here are shorter than those that the default decay of 0.99 is for.
-    return VectorQuantizer(*args.codec, decay=0.9, compile=args.compile)
+    return VectorQuantizer(num_codes, code_dim, 0.9, num_codebooks=num_codebooks, compile=args.compile)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,15 +31,17 @@ class Message:
 
     Attributes:
         codes: (N, C, ...) in half precision; or (N, C / code_dim, ...), uint8 for up to 256 codes, else int16.
-        codebook: (num_codes, code_dim), float32, which ``codes`` index; None in half precision.
+        codebook: (num_codebooks · num_codes, code_dim), float32, which ``codes`` index; None in half precision.
         dtype: of what it decodes to.
         version: of this format.
+        num_codebooks: into how many codebooks ``codebook`` falls, each for as many consecutive groups of channels.
     """
 
     codes: Tensor
     codebook: Tensor | None
     dtype: torch.dtype
     version: int = VERSION
+    num_codebooks: int = 1
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -78,7 +80,7 @@ class Message:
     def map(self, function: Callable[[Tensor], Tensor]) -> Message:
         """The message of what ``function`` makes of its tensors, such as copies on another device."""
         codebook = None if self.codebook is None else function(self.codebook)
-        return Message(function(self.codes), codebook, self.dtype, self.version)
+        return replace(self, codes=function(self.codes), codebook=codebook)
 
     def to(self, *args: Any, **kwargs: Any) -> Message:
         """A copy on another device, as ``Tensor.to`` makes."""
@@ -97,7 +99,12 @@ class Message:
             )
         if self.codebook is None:
             return self.codes.to(self.dtype)
-        vectors = F.embedding(self.codes.int(), self.codebook)  # (N, C / code_dim, ..., code_dim)
+        codes = self.codes.int()
+        if self.num_codebooks > 1:
+            first = torch.arange(self.num_codebooks, device=codes.device) * (len(self.codebook) // self.num_codebooks)
+            of_groups = first.repeat_interleave(codes.shape[1] // self.num_codebooks)
+            codes = codes + of_groups.view(-1, *[1] * (codes.ndim - 2))
+        vectors = F.embedding(codes, self.codebook)  # (N, C / code_dim, ..., code_dim)
         return vectors.movedim(-1, 2).reshape(self.shape).to(self.dtype)
 
 
@@ -139,11 +146,11 @@ class VectorQuantizer(Codec):
     """Online vector quantization (the 2021 paper's addition; its constants were not available, these are our own).
 
     Channels are cut in groups of ``code_dim``; a group at one position is a vector, which is replaced by the number of
-    the nearest of ``num_codes`` codes, by Euclidean distance. One codebook serves all groups. It is learned online:
-    the first batch initialises it (k-means++ and a few steps of k-means), and every further one moves each code, by an
-    exponential moving average, towards the mean of the vectors it stands for. A code that hardly any vector is nearest
-    to is drawn anew, from vectors that are far from theirs. Of each batch 64 vectors a code, and 65536 at most, are
-    learned from, at random.
+    the nearest of ``num_codes`` codes, by Euclidean distance. One codebook serves all groups, unless there are to be
+    several. It is learned online: the first batch initialises it (k-means++ and a few steps of k-means), and every
+    further one moves each code, by an exponential moving average, towards the mean of the vectors it stands for. A code
+    that hardly any vector is nearest to is drawn anew, from vectors that are far from theirs. Of each batch 64 vectors
+    a code of one codebook, and 65536 at most, are learned from, at random.
 
     A float32 tensor becomes 4 · ``code_dim`` times smaller with 256 codes, the codebook apart, which each message holds
     (8 KiB for 256 codes of 8).
@@ -152,13 +159,16 @@ class VectorQuantizer(Codec):
         num_codes: K, from 2 to 32768; up to 256 take a byte for each vector, more take two.
         code_dim: D, channels of a vector; the number of channels must be a multiple.
         decay: of the moving average, between 0 and 1.
+        num_codebooks: how many codebooks share the groups of channels, so that each fits its own better; the number of
+            groups must be a multiple.
         compile: search by ``torch.compile``: same codes, some seconds when it first encodes, then on CPU about twice as
             fast. Needs a C++ compiler (on an accelerator, Triton).
 
     Attributes:
-        codebook: (K, D), float32.
+        codebook: (K, D), float32; several codebooks one after another.
         num_updates: how many batches it has learned from, a scalar.
-        perplexity: of the codes' use in the last batch learned from, from 1 to K: how many are in equal use.
+        perplexity: of the codes' use in the last batch learned from, from 1 to K: how many are in equal use; of several
+            codebooks the mean.
         error: of that batch: squared distance to the codes over the vectors' variance; 0 is perfect.
 
     Raises:
@@ -181,28 +191,39 @@ class VectorQuantizer(Codec):
     sums: Tensor
     num_updates: Tensor
 
-    def __init__(self, num_codes: int = 256, code_dim: int = 8, decay: float = 0.99, *, compile: bool = False) -> None:
+    def __init__(
+        self,
+        num_codes: int = 256,
+        code_dim: int = 8,
+        decay: float = 0.99,
+        *,
+        num_codebooks: int = 1,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         check_at_least("num_codes", num_codes, 2)
         if num_codes > 32768:
             raise ValueError(f"num_codes must be at most 32768, two bytes a vector, got {num_codes}.")
         check_at_least("code_dim", code_dim, 1)
+        check_at_least("num_codebooks", num_codebooks, 1)
         if not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay!r}.")
         self.num_codes = num_codes
         self.code_dim = code_dim
         self.decay = decay
+        self.num_codebooks = num_codebooks
         self.compile_search = compile
         self.perplexity = float("nan")
         self.error = float("nan")
-        self.register_buffer("codebook", torch.zeros(num_codes, code_dim))
-        self.register_buffer("counts", torch.zeros(num_codes))
-        self.register_buffer("sums", torch.zeros(num_codes, code_dim))
+        self.register_buffer("codebook", torch.zeros(num_codebooks * num_codes, code_dim))
+        self.register_buffer("counts", torch.zeros(num_codebooks * num_codes))
+        self.register_buffer("sums", torch.zeros(num_codebooks * num_codes, code_dim))
         self.register_buffer("num_updates", torch.tensor(0))
 
     @override
     def extra_repr(self) -> str:
-        return f"num_codes={self.num_codes}, code_dim={self.code_dim}, decay={self.decay}"
+        several = f", num_codebooks={self.num_codebooks}" if self.num_codebooks > 1 else ""
+        return f"num_codes={self.num_codes}, code_dim={self.code_dim}, decay={self.decay}{several}"
 
     @override
     @torch.no_grad()
@@ -219,12 +240,13 @@ class VectorQuantizer(Codec):
             raise ValueError("x has values that are NaN or infinite; the codebook was left as it was.")
         # A stream of its own: data and dropout are drawn as they would be without a codec.
         generator = torch.Generator(x.device).manual_seed(int(self.num_updates))
-        sample = self._sample(x, generator)
+        books = [self._sample(part, generator) for part in self._parts(x)]
         if not self.num_updates:
-            self.codebook.copy_(self._first_codes(sample, generator))
+            for b, sample in enumerate(books):
+                self._rows(b, self.codebook).copy_(self._first_codes(sample, generator))
             for _ in range(5):
-                self._learn(sample, 0.0, generator)
-        self._learn(sample, self.decay, generator)
+                self._learn(books, 0.0, generator)
+        self._learn(books, self.decay, generator)
         self.num_updates += 1
 
     @override
@@ -243,8 +265,10 @@ class VectorQuantizer(Codec):
         if not self.num_updates:
             raise RuntimeError("The codebook is empty: update(x) with a first batch before you encode.")
         search = nearest_compiled if self.compile_search else nearest
-        codes = search(self._vectors(x), self.codebook)
-        return Message(codes.view(len(x), -1, *x.shape[2:]), self.codebook.clone(), x.dtype)
+        found = [search(part, self._rows(b, self.codebook)) for b, part in enumerate(self._parts(x))]
+        codes = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        codes = codes.view(len(x), -1, *x.shape[2:])
+        return Message(codes, self.codebook.clone(), x.dtype, num_codebooks=self.num_codebooks)
 
     @override
     def decode(self, message: Message) -> Tensor:
@@ -253,7 +277,7 @@ class VectorQuantizer(Codec):
         Raises:
             ValueError: if the message is of another version, or of other codes than this quantizer's.
         """
-        expected = (self.num_codes, self.code_dim)
+        expected = tuple(self.codebook.shape)
         if message.codebook is None or tuple(message.codebook.shape) != expected:
             found = "no codebook" if message.codebook is None else f"a codebook of {tuple(message.codebook.shape)}"
             raise ValueError(f"The message has {found}, this quantizer (num_codes, code_dim) = {expected}.")
@@ -266,20 +290,29 @@ class VectorQuantizer(Codec):
                 f"x of shape {tuple(x.shape)} cannot be cut in groups of code_dim={self.code_dim} channels: choose a "
                 "code_dim that divides the number of channels, C in (N, C, ...)."
             )
+        if x.shape[1] // self.code_dim % self.num_codebooks:
+            raise ValueError(
+                f"{x.shape[1]} channels in groups of code_dim={self.code_dim} cannot be shared equally among "
+                f"num_codebooks={self.num_codebooks}: choose a number that divides {x.shape[1] // self.code_dim}."
+            )
 
-    def _vectors(self, x: Tensor) -> Tensor:
-        """``x`` as (N, C / D, D, positions), without a copy where its memory format allows."""
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """For each codebook its groups, (N, groups, D, positions), without a copy where memory format allows."""
         positions = x[0, 0].numel()
-        return x.detach().reshape(len(x), x.shape[1], positions).view(len(x), -1, self.code_dim, positions)
+        vectors = x.detach().reshape(len(x), x.shape[1], positions).view(len(x), -1, self.code_dim, positions)
+        return vectors.chunk(self.num_codebooks, dim=1)
 
-    def _sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Vectors (M, D) at random places of ``x``, float32; all if there are few."""
-        vectors = self._vectors(x)
+    def _rows(self, codebook: int, of: Tensor) -> Tensor:
+        """What ``of``, the codes or their counts or sums, holds for one codebook."""
+        return of[codebook * self.num_codes : (codebook + 1) * self.num_codes]
+
+    def _sample(self, vectors: Tensor, generator: torch.Generator) -> Tensor:
+        """Of vectors (N, groups, D, positions) some at random places, (M, D), float32; all if there are few."""
         num_vectors = vectors.numel() // self.code_dim
-        wanted = min(64 * self.num_codes, 65536)
+        wanted = max(min(64 * self.num_codes, 65536) // self.num_codebooks, 8 * self.num_codes)
         if num_vectors <= wanted:
             return vectors.movedim(2, -1).reshape(-1, self.code_dim).float()
-        places = torch.randint(num_vectors, (wanted,), generator=generator, device=x.device)
+        places = torch.randint(num_vectors, (wanted,), generator=generator, device=vectors.device)
         _, num_groups, _, positions = vectors.shape
         samples, groups = places // (num_groups * positions), places // positions % num_groups
         return vectors[samples, groups, :, places % positions].float()
@@ -300,27 +333,30 @@ class VectorQuantizer(Codec):
             distances = torch.minimum(distances, (sample - new).square().sum(1))
         return codes
 
-    def _learn(self, sample: Tensor, decay: float, generator: torch.Generator) -> None:
-        codes = nearest(sample.T[None, None], self.codebook).flatten().long()
-        distances = (sample - self.codebook[codes]).square().sum(1)
-        used = torch.bincount(codes, minlength=self.num_codes).to(self.counts.dtype)
-        self.counts.lerp_(used, 1 - decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, codes, sample), 1 - decay)
-        total = self.counts.sum()
-        smoothed = (self.counts + 1e-5) / (total + 1e-5 * self.num_codes) * total
-        self.codebook.copy_(self.sums / smoothed[:, None])
-        self._draw_unused(sample, distances, total / self.num_codes, generator)
-        share = used / len(sample)
-        self.perplexity = float(torch.special.entr(share).sum().exp())
-        self.error = float(distances.mean() / sample.var(0, correction=0).sum().clamp(min=1e-12))
-
-    def _draw_unused(self, sample: Tensor, distances: Tensor, mean_count: Tensor, generator: torch.Generator) -> None:
-        unused = (self.counts < 0.01 * mean_count).nonzero()[:, 0]
-        if len(unused):
-            new = sample[_draw(distances, len(unused), generator)]
-            self.codebook[unused] = new
-            self.counts[unused] = mean_count
-            self.sums[unused] = new * mean_count
+    def _learn(self, books: Sequence[Tensor], decay: float, generator: torch.Generator) -> None:
+        """Learn from the sample of each codebook."""
+        perplexity, error, variance = 0.0, 0.0, 0.0
+        for b, sample in enumerate(books):
+            codebook, counts, sums = (self._rows(b, own) for own in (self.codebook, self.counts, self.sums))
+            codes = nearest(sample.T[None, None], codebook).flatten().long()
+            distances = (sample - codebook[codes]).square().sum(1)
+            used = torch.bincount(codes, minlength=self.num_codes).to(counts.dtype)
+            counts.lerp_(used, 1 - decay)
+            sums.lerp_(torch.zeros_like(sums).index_add_(0, codes, sample), 1 - decay)
+            total = counts.sum()
+            smoothed = (counts + 1e-5) / (total + 1e-5 * self.num_codes) * total
+            codebook.copy_(sums / smoothed[:, None])
+            unused = (counts < 0.01 * total / self.num_codes).nonzero()[:, 0]
+            if len(unused):
+                new = sample[_draw(distances, len(unused), generator)]
+                codebook[unused] = new
+                counts[unused] = total / self.num_codes
+                sums[unused] = new * total / self.num_codes
+            perplexity += float(torch.special.entr(used / len(sample)).sum().exp())
+            error += float(distances.mean())
+            variance += float(sample.var(0, correction=0).sum())
+        self.perplexity = perplexity / len(books)
+        self.error = error / max(variance, 1e-12)
 
 
 def _draw(weights: Tensor, number: int, generator: torch.Generator) -> Tensor:

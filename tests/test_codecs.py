@@ -16,6 +16,8 @@ from vector_quantize_pytorch import VectorQuantize
 from lightning_dgl import Message, VectorQuantizer
 from lightning_dgl.codecs import Half, make_codecs, nearest
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
 
 def activations(*shape: int) -> Tensor:
     """As a block makes them: half of the values are zero."""
@@ -68,7 +70,7 @@ def test_codes_are_the_nearest(num_codes: int, code_dim: int, shape: tuple[int, 
     assert torch.equal(vectors(decoded, code_dim).reshape(-1, code_dim), expected.double())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize(("num_codes", "code_dim"), [(256, 8), (300, 4)])
 @pytest.mark.parametrize("offset", [0, 1000])  # far from zero, scores differ in their lowest bits only
 def test_compiled_search_finds_codes_as_near(num_codes: int, code_dim: int, offset: float) -> None:
@@ -87,6 +89,25 @@ def test_compiled_search_finds_codes_as_near(num_codes: int, code_dim: int, offs
 def codebook_distances(own: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
     """Squared distance of each of the vectors ``own`` to its code."""
     return (own - codebook.double()[codes.long().view(-1)]).square().sum(1)
+
+
+@pytest.mark.parametrize("compile_it", [False, pytest.param(True, marks=needs_compiler)])
+def test_several_codebooks_each_for_its_groups_of_channels(compile_it: bool) -> None:
+    x = activations(6, 32, 15, 10) * torch.linspace(1, 9, 32)[:, None, None]
+    quantizer = VectorQuantizer(20, 4, num_codebooks=2, compile=compile_it)
+    quantizer.update(x)
+    message = quantizer.encode(x)
+    assert message.codes.shape == (6, 8, 15, 10) and message.codes.dtype == torch.uint8
+    assert message.nbytes == 6 * 8 * 150 + 2 * 20 * 4 * 4
+    decoded = quantizer.decode(message)
+    for half, codebook in enumerate(quantizer.codebook.split(20)):
+        own, got = (vectors(t[:, 16 * half : 16 * half + 16], 4).reshape(-1, 4) for t in (x, decoded))
+        distances = torch.cdist(own, codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        assert torch.allclose((own - got).norm(dim=1), distances.min(1).values, rtol=0, atol=1e-3)
+    single = VectorQuantizer(20, 4)
+    single.update(x)
+    assert quantizer.error < 0.9 * single.error
+    assert torch.equal(message.to("cpu").decode(), decoded)
 
 
 def test_codes_that_are_equal_or_equally_near() -> None:
@@ -265,6 +286,12 @@ def test_half_precision() -> None:
 def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VectorQuantizer(**arguments)
+
+
+def test_groups_that_cannot_be_shared_among_codebooks() -> None:
+    message = r"24 channels in groups of code_dim=4 cannot be .* num_codebooks=4: choose a number that divides 6"
+    with pytest.raises(ValueError, match=message):
+        VectorQuantizer(16, 4, num_codebooks=4).update(torch.randn(2, 24, 5, 5))
 
 
 def test_channels_that_cannot_be_cut_in_groups() -> None:

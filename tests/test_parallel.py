@@ -679,7 +679,7 @@ class Best(L.Callback):
 CODECS = {
     "half": "half",
     "quantizer": VectorQuantizer(16, 4),
-    "one for each boundary": [None, "half", VectorQuantizer(8, 2)],
+    "one for each boundary": [None, "half", VectorQuantizer(8, 2, num_codebooks=2)],
 }
 
 

@@ -273,9 +273,8 @@ class Inbox(_End):
             torch.get_device_module(self._device).current_stream().synchronize()
         if encoding is None:
             return StageBatch(address, tensors)
-        activation = Message(
-            tensors[0], tensors[1] if encoding.has_codebook else None, encoding.dtype, encoding.version
-        )
+        codebook = tensors[1] if encoding.num_codebooks else None
+        activation = Message(tensors[0], codebook, encoding.dtype, encoding.version, max(encoding.num_codebooks, 1))
         return StageBatch(address, [activation, *tensors[len(activation.tensors) :]])
 
 
@@ -411,7 +410,7 @@ class _Encoding(NamedTuple):
 
     version: int
     dtype: torch.dtype
-    has_codebook: bool
+    num_codebooks: int  # 0: none
 
 
 def _header(address: Address | None, message: Message | None, tensors: Sequence[Tensor]) -> Tensor:
@@ -422,7 +421,8 @@ def _header(address: Address | None, message: Message | None, tensors: Sequence[
         if message is None:
             words += [0, 0, 0]
         else:
-            words += [message.version, _DTYPES.index(message.dtype), int(message.codebook is not None)]
+            num_codebooks = 0 if message.codebook is None else message.num_codebooks
+            words += [message.version, _DTYPES.index(message.dtype), num_codebooks]
         words.append(len(tensors))
         for tensor in tensors:
             words += [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, *tensor.stride()]
@@ -437,10 +437,9 @@ def _read_header(
     if phase == _CLOSE:
         return None, None, []
     address = Address(_PHASES[phase], next(words), next(words), next(words), next(words))
-    version, dtype, has_codebook = next(words), _DTYPES[next(words)], bool(next(words))
-    encoding = _Encoding(version, dtype, has_codebook) if version else None
+    encoding = _Encoding(next(words), _DTYPES[next(words)], next(words))
     layouts = []
     for _ in range(next(words)):
         dtype, ndim = _DTYPES[next(words)], next(words)
         layouts.append((dtype, [next(words) for _ in range(ndim)], [next(words) for _ in range(ndim)]))
-    return address, encoding, layouts
+    return address, encoding if encoding.version else None, layouts
