@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.common import in_processes, markdown_table, publish, spread
 from lightning_dgl import MLPSRHead, VectorQuantizer
-from lightning_dgl.codecs import HEADER_BYTES, Boundaries
+from lightning_dgl.boundaries import Boundaries
+from lightning_dgl.codecs import HEADER_BYTES
 from lightning_dgl.module import sgd
 
 SHAPE = (128, 128, 16, 16)

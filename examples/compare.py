@@ -233,7 +233,7 @@ def main() -> None:
             began = time.monotonic()
             try:
                 outcome = cifar10.train(own)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, ValueError) as error:
                 sys.exit(str(error))
             row = [
                 arguments,
@@ -252,11 +252,11 @@ def main() -> None:
         of_run.setdefault((line, point), []).append(done[arguments])
     values = accuracies(experiment, of_run)
     figure(experiment, values).savefig(results.with_suffix(".png"), dpi=150)
-    further = {}
+    heads = {}
     if not experiment.points:
         shares = {line: max(float(row["head_share"]) for row in of_run[line, ""]) for line in experiment.lines}
-        further["FLOPs of heads"] = {line: f"{share:.1%}" for line, share in shares.items()}
-    print(table(values, further))
+        heads["FLOPs of heads"] = {line: f"{share:.1%}" for line, share in shares.items()}
+    print(table(values, heads))
     print(f"Results: {results}, figure: {results.with_suffix('.png')}")
 
 

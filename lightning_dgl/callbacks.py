@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
-from lightning_dgl.codecs import Traffic, VectorQuantizer
+from lightning_dgl.boundaries import Traffic
+from lightning_dgl.codecs import VectorQuantizer
 from lightning_dgl.distributed import Report, Stage
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
+from lightning_dgl.boundaries import Boundaries
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.checks import (
     check_batch,
@@ -28,7 +29,7 @@ from lightning_dgl.checks import (
     number_of_classes,
     one_per_block,
 )
-from lightning_dgl.codecs import Activation, Boundaries
+from lightning_dgl.codecs import Activation
 from lightning_dgl.distributed import Address, Report, Stage, StageBatch
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.local_step import LocalStep, deliver, local_gradients

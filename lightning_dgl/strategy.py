@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_dgl.boundaries import Boundaries, make_codecs
 from lightning_dgl.checks import check_at_least, check_choice
-from lightning_dgl.codecs import Boundaries, make_codecs
 from lightning_dgl.distributed import (
     AGREED,
     DistributedStage,

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import VectorQuantize
 
 from lightning_dgl import Message, VectorQuantizer
-from lightning_dgl.codecs import Half, make_codecs, nearest
+from lightning_dgl.boundaries import make_codecs
+from lightning_dgl.codecs import Half
+from lightning_dgl.nearest import nearest
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 

@@ -1,0 +1,153 @@
+"""The search for the nearest of a codebook's vectors: exact, fast on a CPU, and in little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """For each vector of ``x`` the number of the nearest code, by Euclidean distance.
+
+    Args:
+        x: (N, G, D, S), floating-point; a vector runs along D.
+        codebook: (K, D), float32.
+
+    Returns:
+        (N, G, S), uint8 if K is at most 256, else int16. Of codes that are equally near, any.
+    """
+    num_samples, num_groups, _, positions = x.shape
+    on_cpu = x.device.type == "cpu"
+    # So many scores at once: what stays in a core's cache, or keeps an accelerator busy.
+    chunk = max(1, (2**18 if on_cpu else 2**24) // len(codebook))
+    # |x - c|² is least where x · c - |c|² / 2 is largest: one product, with a constant 1 appended to x.
+    augmented = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
+    search = _Search(augmented) if on_cpu else _search_by_argmax(augmented)
+    found = torch.empty(num_samples, num_groups, positions, dtype=_dtype_of_codes(codebook), device=x.device)
+    samples, groups = max(1, chunk // (num_groups * positions)), max(1, chunk // positions)
+    for n in range(0, num_samples, samples):
+        for g in range(0, num_groups, groups):
+            for s in range(0, positions, chunk):
+                part = x[n : n + samples, g : g + groups, :, s : s + chunk].movedim(2, 0)
+                codes = search(part).view(part.shape[1:])
+                found[n : n + samples, g : g + groups, s : s + chunk] = codes
+    return found
+
+
+def _search_by_argmax(augmented: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that finds the code of the largest score for each vector of (D, ...)."""
+
+    def search(part: Tensor) -> Tensor:
+        part = part.float()
+        return (augmented @ torch.cat([part, torch.ones_like(part[:1])]).flatten(1)).argmax(0)
+
+    return search
+
+
+class _Search:
+    """The same on a CPU, where ``argmax`` is slow and ``amax`` is fast, and fresh memory slower still.
+
+    Codes are laid out as a grid. The row and the column of the largest score are found by comparing it with the largest
+    of each row, and of each column. Where scores are equal these may not belong together; there ``argmax`` decides.
+    """
+
+    def __init__(self, augmented: Tensor) -> None:
+        side = 1
+        while side * side < len(augmented):
+            side *= 2
+        self._num_columns = side
+        self._num_rows = -(-len(augmented) // side)
+        padding = augmented.new_zeros(self._num_rows * side - len(augmented), augmented.shape[1])
+        padding[:, -1] = float("-inf")
+        # Equal codes would have equal scores everywhere: only the first of them counts.
+        _, which = torch.unique(augmented, dim=0, return_inverse=True)
+        first = torch.full_like(which, len(augmented)).scatter_reduce(0, which, torch.arange(len(which)), "amin")
+        augmented = augmented.clone()
+        augmented[first[which] != torch.arange(len(which)), -1] = float("-inf")
+        self._augmented = torch.cat([augmented, padding])
+        # What a product with marks at the largest row and the largest column yields: their numbers, and how many.
+        rows, columns = torch.arange(self._num_rows), torch.arange(side)
+        numbers = [torch.cat([rows, 0 * columns]), torch.cat([0 * rows, columns]), torch.cat([rows, columns]) * 0 + 1]
+        self._numbers = torch.stack(numbers).float()
+        self._num_vectors = -1
+
+    def _reserve(self, num_vectors: int) -> None:
+        if num_vectors == self._num_vectors:
+            return
+        self._num_vectors = num_vectors
+        self._vectors = torch.ones(self._augmented.shape[1], num_vectors)
+        self._scores = torch.empty(len(self._augmented), num_vectors)
+        self._largest = torch.empty(self._num_rows + self._num_columns, num_vectors)
+        self._marks = torch.empty_like(self._largest)
+
+    def __call__(self, part: Tensor) -> Tensor:
+        self._reserve(part[0].numel())
+        self._vectors[:-1].view(part.shape).copy_(part)
+        grid = torch.mm(self._augmented, self._vectors, out=self._scores).view(self._num_rows, self._num_columns, -1)
+        of_rows, of_columns = self._largest[: self._num_rows], self._largest[self._num_rows :]
+        torch.amax(grid, 1, out=of_rows)
+        torch.amax(grid, 0, out=of_columns)
+        torch.eq(self._largest, of_rows.amax(0), out=self._marks)
+        row, column, how_many = self._numbers @ self._marks
+        found = row * self._num_columns + column
+        if how_many.max() > 2:
+            unclear = how_many > 2
+            found[unclear] = self._scores[:, unclear].argmax(0).float()
+        return found
+
+
+def nearest_compiled(x: Tensor, codebook: Tensor) -> Tensor:
+    """What :func:`nearest` returns, by a function that ``torch.compile`` makes of product and search in one."""
+    bias = -0.5 * codebook.square().sum(1)
+    torch._dynamo.mark_static(codebook)  # its shape shapes the function; that of x, other boundaries', does not
+    torch._dynamo.mark_static(bias)
+    found = torch.empty(*x.shape[:2], x.shape[3], dtype=_dtype_of_codes(codebook), device=x.device)
+    samples = max(1, 2**19 // (x.shape[1] * x.shape[3]))
+    for n in range(0, len(x), samples):
+        part = x[n : n + samples]
+        codes, unclear = _compiled_search()(part, codebook, bias)
+        if unclear.any():
+            vectors = part.movedim(2, -1)[unclear].float()
+            codes[unclear] = (vectors @ codebook.T + bias).argmax(1).to(codes.dtype)
+        found[n : n + samples] = codes
+    return found
+
+
+@cache
+def _compiled_search() -> Callable[..., tuple[Tensor, Tensor]]:
+    # The scores, K times as many as there are vectors, must be computed where they are used, and never stored.
+    never = 10**6
+    options: dict[str, Any] = dict.fromkeys(
+        ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), never
+    )
+    return torch.compile(_search_by_packing, fullgraph=True, dynamic=True, options=options)
+
+
+def _search_by_packing(x: Tensor, codebook: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of the largest score of each vector, where that is clear; and where it is not.
+
+    The lowest bits of a score make place for its number, so that one maximum yields both. Where the score of that
+    number is not the largest of the exact ones, they were too near to each other for that.
+    """
+    x = x.float()
+
+    def scores(code: Tensor | tuple[Any, ...], vectors: Tensor) -> Tensor:
+        total = bias[code]
+        for d in range(x.shape[2]):
+            total = total + codebook[:, d][code] * vectors[..., d, :]
+        return total
+
+    mask = (1 << (len(codebook) - 1).bit_length()) - 1
+    of_all = scores((slice(None), None, None, None), x[None])
+    numbers = torch.arange(len(codebook), dtype=torch.int32, device=x.device)[:, None, None, None]
+    packed = ((of_all.view(torch.int32) & ~mask) | numbers).view(torch.float32)
+    found = packed.amax(0).view(torch.int32) & mask
+    return found.to(_dtype_of_codes(codebook)), scores(found, x) != of_all.amax(0)
+
+
+def _dtype_of_codes(codebook: Tensor) -> torch.dtype:
+    return torch.uint8 if len(codebook) <= 256 else torch.int16
