@@ -121,12 +121,12 @@ EXPERIMENTS = {
         points={
             "raw": "--codec raw",
             "half": "--codec half",
-            "256 codes of 4": "--codec 256x4",
-            "two times 256 codes of 8": "--codec 256x8x2",
-            "256 codes of 8": "--codec 256x8",
-            "256 codes of 16": "--codec 256x16",
+            "256×4": "--codec 256x4",
+            "2×256×8": "--codec 256x8x2",
+            "256×8": "--codec 256x8",
+            "256×16": "--codec 256x16",
         },
-        axis="codec",
+        axis="codec (codebooks × codes × dimension)",
         skip=(("asynchronous", "half"),),
     ),
 }
