@@ -33,8 +33,8 @@ def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def rows(folder: Path, experiment: str) -> list[dict[str, Any]]:
-    return list(csv.DictReader((folder / "results" / f"{experiment}.csv").read_text().splitlines()))
+def rows(results: Path) -> list[dict[str, Any]]:
+    return list(csv.DictReader(results.read_text().splitlines()))
 
 
 def image_folder(folder: Path, parts: Sequence[tuple[str, int]] = (("train", 160), ("test", 8))) -> Path:
@@ -65,36 +65,41 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Main]:
     logging.getLogger("lightning.pytorch").setLevel(level)
 
 
-def test_a_comparison_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
-    arguments = ("delays", "--data", "digits", "--protocol", "reduced", *TINY)
-    first = run("compare.py", tmp_path, *arguments, "--seeds", "0")
-    assert first.returncode == 0, first.stderr
-    before = rows(tmp_path, "delays")
-    assert len(before) == 13  # synchronous once, and three buffer sizes with four slow-downs
-    assert all(0 <= float(accuracy) <= 100 for row in before for accuracy in row["blocks"].split())
-    assert (tmp_path / "results" / "delays.png").stat().st_size > 1000
-    assert "| M = 5 | " in first.stdout and "±" not in first.stdout
-    (tmp_path / "results" / "delays.csv").write_text(
-        "\n".join((tmp_path / "results" / "delays.csv").read_text().splitlines()[:-1]) + "\n"
-    )
-    again = run("compare.py", tmp_path, *arguments, "--seeds", "0")
-    assert again.returncode == 0, again.stderr
-    assert rows(tmp_path, "delays")[:-1] == before[:-1]  # seconds included: not run again
-    assert rows(tmp_path, "delays")[-1]["arguments"] == before[-1]["arguments"]
-
-
-def test_a_run_of_a_comparison_is_repeated_by_its_arguments(
+def test_a_comparison_goes_on_where_it_was_interrupted_and_its_runs_can_be_repeated(
     script: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = run("compare.py", tmp_path, "codecs", "--data", "digits", *TINY, "--channels", "16", "--seeds", "3")
-    assert done.returncode == 0, done.stderr
-    row = next(row for row in rows(tmp_path, "codecs") if "256x8" in row["arguments"])
+    arguments = ("codecs", "--data", "digits", *TINY, "--channels", "16", "--seeds", "3")
+    first = run("compare.py", tmp_path, *arguments)
+    assert first.returncode == 0, first.stderr
+    results = tmp_path / "results" / "codecs.csv"
+    before = rows(results)
+    assert len(before) == 11  # six codecs, synchronously and, but for one, asynchronously
+    assert "| asynchronous | " in first.stdout and "±" not in first.stdout
+    assert results.with_suffix(".png").stat().st_size > 1000
+
+    results.write_text("\n".join(results.read_text().splitlines()[:-1]) + "\n")
+    script("compare", *arguments)
+    assert rows(results)[:-1] == before[:-1]  # seconds included: not run again
+    assert rows(results)[-1]["blocks"] == before[-1]["blocks"]
+
+    row = next(row for row in before if "256x8" in row["arguments"])
     assert 20 < float(row["compression"]) < 32
+    capsys.readouterr()
     script("cifar10", *row["arguments"].split())
     alone = capsys.readouterr().out
     for j, accuracy in enumerate(row["blocks"].split()):
         assert f"block {j}: {accuracy} %" in alone
     assert f"{float(row['compression']):.1f} times smaller than raw" in alone
+
+
+@pytest.mark.parametrize("experiment", ["heads", "sequential", "blocks", "dni", "delays", "codecs"])
+@pytest.mark.parametrize("protocol", ["full", "reduced"])
+def test_comparisons_ask_for_what_there_is(experiment: str, protocol: str, script: Main) -> None:
+    compare, cifar10 = importlib.import_module("compare"), importlib.import_module("cifar10")
+    grid = compare.EXPERIMENTS[experiment]
+    for own in grid.runs().values():
+        reduced = grid.reduced if protocol == "reduced" else ""
+        assert cifar10.parse(f"{grid.common} {reduced} {own}".split()).method in cifar10.METHODS
 
 
 @pytest.mark.parametrize(
