@@ -223,7 +223,9 @@ class Sequential(Schedule):
 
     Block 0 trains for ``epochs_per_block`` epochs; then it is frozen, its BatchNorm in eval mode, and block 1 trains on
     its output; and so on. ``Trainer(max_epochs=...)`` counts the epochs of all blocks together; training ends when the
-    last block has had its own. Each block's learning-rate scheduler starts with its first epoch.
+    last block has had its own. Each block's learning-rate scheduler starts with its first epoch. ``val/loss`` and
+    ``val/acc`` are the last block's, which stays as it was initialised until its turn: callbacks that stop or choose by
+    them do so too early.
 
     Args:
         epochs_per_block: None shares ``max_epochs`` equally among the blocks.
