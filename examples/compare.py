@@ -165,7 +165,11 @@ def accuracies(experiment: Experiment, of_run: dict[tuple[str, str], list[dict[s
 
 def columns(values: Outcomes) -> list[str]:
     names = list(dict.fromkeys(name for own in values.values() for name in own))
-    return sorted(names, key=float) if all(name.replace(".", "").isdecimal() for name in names) else names
+    return sorted(names, key=float) if are_numbers(names) else names
+
+
+def are_numbers(names: list[str]) -> bool:
+    return all(name.replace(".", "").isdecimal() for name in names)
 
 
 def table(values: Outcomes, further: dict[str, dict[str, str]]) -> str:
@@ -182,8 +186,7 @@ def figure(experiment: Experiment, values: Outcomes) -> Figure:
     drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = drawing.subplots()
     names = columns(values)
-    are_numbers = all(name.replace(".", "").isdecimal() for name in names)
-    places = {name: float(name) if are_numbers else i for i, name in enumerate(names)}
+    places = {name: float(name) if are_numbers(names) else i for i, name in enumerate(names)}
     for line, own in values.items():
         means = [statistics.fmean(accuracy) for accuracy in own.values()]
         spread = [statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0 for accuracy in own.values()]

@@ -13,21 +13,16 @@ are; a codec pays where the time on the link is longer than a block's local step
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 
 import lightning as L
 import torch
-from quickstart import DigitNet, digits
+from quickstart import DigitNet, digits  # which also leaves out Lightning's hints
 from rich.console import Console
 from rich.table import Table
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_dgl import DGLModule, DGLStrategy, VectorQuantizer
-
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", ".*(does not have many workers|GPU available but not used|LeafSpec).*")
 
 CODECS = {
     "raw": None,

@@ -173,8 +173,12 @@ def _row(module: DGLModule, stage: Stage, block: int, elapsed: float) -> list[st
     ]
 
 
+def _empty_table() -> Table:
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
+
+
 def _traffic_table(rows: dict[int, list[str]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
+    table = _empty_table()
     table.add_column("Block", style="dim")
     for column in (
         *("Updates", "Samples/s", "Output\nMB", "Encoded\nMB", "Times\nsmaller", "Encoding\ntime", "Decoding\ntime"),
@@ -189,7 +193,7 @@ def _traffic_table(rows: dict[int, list[str]]) -> Table:
 def block_table(module: DGLModule) -> Table:
     """The table that :class:`BlockSummary` prints."""
     columns, rows = _blocks(module)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
+    table = _empty_table()
     table.add_column("", style="dim")
     for column in columns[1:]:
         is_number = column in ("Params", "FLOPs", "Head\nparams", "Head\nFLOPs")

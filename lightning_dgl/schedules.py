@@ -236,12 +236,12 @@ class Sequential(Schedule):
     """
 
     counts_own_epochs = True
+    only_block: int = 0
 
     def __init__(self, epochs_per_block: int | None = None) -> None:
         if epochs_per_block is not None:
             check_at_least("epochs_per_block", epochs_per_block, 1)
         self.epochs_per_block = epochs_per_block
-        self.only_block = 0
         self._epochs_each = 1
         self._num_blocks = 1
 
@@ -272,11 +272,10 @@ class Sequential(Schedule):
 
     @override
     def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
-        return self.only_block is not None and block < self.only_block
+        return block < self.only_block
 
     @override
     def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
-        assert self.only_block is not None
         super().step(local_step, blocks[: self.only_block + 1], inputs, targets)
 
 

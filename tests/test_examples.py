@@ -122,21 +122,36 @@ def test_any_network_on_any_folder_of_images(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("name", "arguments", "message"),
     [
-        (("--data", "nowhere"), "There is no folder nowhere/train. Data is 'digits', 'cifar10', or a folder"),
-        (("--network", "vgg12"), "There is no network 'vgg12'. There are six_layers"),
-        (("--codec", "8"), "must be raw, half, or codes x dimension such as 256x8, got '8'"),
-        (("--method", "magic"), "invalid choice: 'magic'"),
-        (("--network", "resnet18", "--channels", "8"), "--channels is of six_layers"),
-        (("--network", "resnet18", "--data", "digits"), "resnet18 takes images of three channels, these have 1"),
+        (
+            "cifar10",
+            ("--data", "nowhere"),
+            "There is no folder nowhere/train. Data is 'digits', 'cifar10', or a folder",
+        ),
+        ("cifar10", ("--network", "vgg12"), "There is no network 'vgg12'. There are six_layers"),
+        ("cifar10", ("--codec", "8"), "must be raw, half, or codes x dimension such as 256x8, got '8'"),
+        ("cifar10", ("--method", "magic"), "invalid choice: 'magic'"),
+        ("cifar10", ("--network", "resnet18", "--channels", "8"), "--channels is of six_layers"),
+        (
+            "cifar10",
+            ("--network", "resnet18", "--data", "digits"),
+            "resnet18 takes images of three channels, these have 1",
+        ),
+        (
+            "imagenet",
+            ("--data", "nowhere"),
+            "There is no folder nowhere/train. --data is a folder with train/ and val/.",
+        ),
+        ("imagenet", ("--data", "nowhere", "--network", "vgg12"), "got 'vgg12'"),
+        ("imagenet", (), "one of the arguments --data --synthetic is required"),
     ],
 )
 def test_arguments_that_do_not_fit(
-    arguments: tuple[str, ...], message: str, script: Main, capsys: pytest.CaptureFixture[str]
+    name: str, arguments: tuple[str, ...], message: str, script: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        script("cifar10", *arguments)
+        script(name, *arguments)
     assert message in " ".join(f"{ended.value} {capsys.readouterr().err}".split())
 
 
@@ -257,22 +272,6 @@ def test_imagenet_measures_throughput_without_data(script: Main, capsys: pytest.
     arguments = ("--network", "resnet18", "--blocks", "2", "--image-size", "32", "--batch-size", "2")
     script("imagenet", "--synthetic", "5", *arguments, "--accelerator", "cpu")
     assert re.search(r"\d+ images/s in training, over 2 steps", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--data", "nowhere"), "There is no folder nowhere/train. --data is a folder with train/ and val/."),
-        (("--data", "nowhere", "--network", "vgg12"), "got 'vgg12'"),
-        ((), "one of the arguments --data --synthetic is required"),
-    ],
-)
-def test_imagenet_arguments_that_do_not_fit(
-    arguments: tuple[str, ...], message: str, script: Main, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        script("imagenet", *arguments)
-    assert message in " ".join(f"{ended.value} {capsys.readouterr().err}".split())
 
 
 def test_dni_equals_a_plain_loop(script: Main, make_trainer: Callable[..., L.Trainer]) -> None:
