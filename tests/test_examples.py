@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,10 @@ def test_weights_and_biases_records_a_run(script: Main, tmp_path: Path) -> None:
     history: set[str] = set()
     config: dict[str, str] = {}
     artifacts = []
+    deadline = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in records(file)):  # another process writes it
+        assert time.monotonic() < deadline, "the record of the run has no end"
+        time.sleep(0.1)
     for record in records(file):
         match record.WhichOneof("record_type"):
             case "history":
