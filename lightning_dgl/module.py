@@ -39,6 +39,7 @@ from lightning_dgl.random_streams import RandomStreams, get_random_state, set_ra
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
     Block,
+    Code,
     SplitPoint,
     count_flops,
     example_batch,
@@ -105,6 +106,8 @@ class DGLModule(LightningModule):
         balance: what ``num_blocks`` balances: "flops", "memory" held for backward, or measured "time"; heads count.
         on_nonfinite: what a NaN or infinite local loss does: "raise" :class:`NonFiniteLossError` before any update, or
             "skip" that block's gradients and buffer changes of this batch, counted in ``train/skipped_block{j}``.
+        compile: run every block and every head through ``torch.compile``, each by itself, in training and evaluation;
+            weights and checkpoints stay the same. ``forward`` of the whole network is left as it is.
 
     Attributes:
         network: the original object; ``network.state_dict()`` holds plain weights under the original keys.
@@ -136,6 +139,7 @@ class DGLModule(LightningModule):
         metrics: Metric | MetricCollection | None = None,
         balance: Literal["flops", "memory", "time"] = "flops",
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        compile: bool = False,
     ) -> None:
         super().__init__()
         check_choice("lr_interval", lr_interval, ("epoch", "step"))
@@ -144,7 +148,7 @@ class DGLModule(LightningModule):
             raise TypeError(f"network must be an nn.Module, got {type(network).__name__}.")
         example_input = example_batch(network, example_input)
         given = {"num_blocks": num_blocks, "split_at": split_at, "head": head if isinstance(head, str) else None}
-        choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite}
+        choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite, "compile": compile}
         self.save_hyperparameters({k: v for k, v in given.items() if v is not None} | choices)
 
         num_classes = number_of_classes(network, example_input)
@@ -184,6 +188,11 @@ class DGLModule(LightningModule):
             )
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
+        self._code_of_heads = [Code.of_call() for _ in self.heads]
+        self._compile = compile
+        if compile:
+            for block in split.blocks:
+                block.compile()
         self._lr_interval = lr_interval
         self._on_nonfinite = on_nonfinite
         self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
@@ -262,7 +271,12 @@ class DGLModule(LightningModule):
     def _score(self, block: int, output: Tensor) -> Tensor:
         if block == len(self.heads):
             return output
-        return self.heads[block](self.split_points[block].as_images(output))
+        images = self.split_points[block].as_images(output)
+        return (
+            self._code_of_heads[block].compiled(self.heads[block], images)
+            if self._compile
+            else self.heads[block](images)
+        )
 
     def _check_whole(self) -> None:
         if self._trainer is not None and self.stage.is_split:

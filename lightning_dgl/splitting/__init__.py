@@ -6,6 +6,7 @@ them together.
 
 from lightning_dgl.splitting.balance import balanced_cuts
 from lightning_dgl.splitting.blocks import Block, extent
+from lightning_dgl.splitting.code import Code
 from lightning_dgl.splitting.costs import count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
 from lightning_dgl.splitting.dry_run import example_batch, in_mode, output_shape, preserved_state
@@ -14,6 +15,7 @@ from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
 
 __all__ = [
     "Block",
+    "Code",
     "SplitError",
     "SplitNetwork",
     "SplitPoint",

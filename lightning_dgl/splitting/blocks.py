@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
+from lightning_dgl.splitting.code import Code
 from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.trace import ModuleCall, Trace
-
-
-class BlockCode:
-    """The forward of a block: generated Python source that reads every module it calls from the whole network."""
-
-    def __init__(self, source: str, names: dict[str, Any]) -> None:
-        self.source = source
-        self.names = names
-        namespace = dict(names)
-        exec(compile(source, "<lightning_dgl block>", "exec"), namespace)
-        self.function: Callable[[nn.Module, Tensor], Any] = namespace["forward"]
-
-    @classmethod
-    def generate(cls, graph: fx.Graph) -> BlockCode:
-        """Write down what ``graph`` does."""
-        code = graph.python_code(root_module="self")
-        return cls(code.src, dict(code.globals))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockCode:
-        return self  # the network is an argument, so a copied block brings its own
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        modules = {name: value.__name__ for name, value in self.names.items() if isinstance(value, ModuleType)}
-        others = {name: value for name, value in self.names.items() if name not in modules}
-        return (_restore_code, (self.source, others, modules))
-
-
-def _restore_code(source: str, names: dict[str, Any], modules: dict[str, str]) -> BlockCode:
-    return BlockCode(source, {**names, **{name: importlib.import_module(path) for name, path in modules.items()}})
 
 
 class Block(nn.Module):
@@ -55,11 +25,10 @@ class Block(nn.Module):
 
     _network: nn.Module
     _extent: str
-    _code: dict[bool, BlockCode]
+    _code: dict[bool, Code]
+    _is_compiled = False
 
-    def __init__(
-        self, network: nn.Module, extent: str, code: dict[bool, BlockCode], graphs: Iterable[fx.Graph]
-    ) -> None:
+    def __init__(self, network: nn.Module, extent: str, code: dict[bool, Code], graphs: Iterable[fx.Graph]) -> None:
         super().__init__()
         self._extent = extent  # attributes are private: submodules of any name may be attached
         # Not registered: the block is a piece of the network, not its owner.
@@ -97,7 +66,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Run the piece on ``x``, in the network's present mode."""
-        return self._code[self._network.training].function(self._network, x)
+        code = self._code[self._network.training]
+        return (code.compiled if self._is_compiled else code.function)(self._network, x)
+
+    @override
+    def compile(self) -> None:  # type: ignore[override]
+        """Run what ``torch.compile`` makes of the piece from now on; it is compiled when it is called."""
+        self._is_compiled = True
 
     @property  # type: ignore[no-redef]
     def training(self) -> bool:
@@ -158,7 +133,7 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
         names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
         name = _from_to(names[0], points[j].name if j < len(points) else names[-1])
-        code = {mode: BlockCode.generate(graph) for mode, graph in pair.items()}
+        code = {mode: Code.of_graph(graph) for mode, graph in pair.items()}
         blocks.append(Block(traced.network, name, code, pair.values()))
     _check_nothing_shared(blocks)
     return blocks
