@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 from collections.abc import Callable
 from functools import cached_property
 from types import ModuleType
@@ -25,7 +26,10 @@ class Code:
         self._source = source
         self._names = names
         namespace = dict(names)
-        exec(compile(source, "<lightning_dgl>", "exec"), namespace)
+        file = f"<lightning_dgl {hash(source):x}>"
+        # For tracebacks; and only what has a file does dynamo take for a piece of code of its own.
+        linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+        exec(compile(source, file, "exec"), namespace)
         self.function = namespace["forward"]
 
     @classmethod
