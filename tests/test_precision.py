@@ -58,6 +58,21 @@ def test_one_block_equals_plain_lightning(precision: str, make_trainer: MakeTrai
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_fused_optimizer_with_clipping(precision: str, make_trainer: MakeTrainer) -> None:
+    def train(fused: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module = make_module(2, optimizer=lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9, fused=fused))
+        make_trainer(gradient_clip_val=0.5, **PRECISIONS[precision]()).fit(module, loader())
+        return weights(module)
+
+    plain = train(False)
+    for name, weight in train(True).items():
+        torch.testing.assert_close(
+            weight, plain[name], rtol=2e-2, atol=1e-4 if weight.dtype != torch.bfloat16 else 2e-2
+        )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("strategy", ["dgl", "auto"])
 def test_several_blocks_train_and_evaluate(precision: str, strategy: str, make_trainer: MakeTrainer) -> None:
     module = make_module(4, head="mlp_sr")
