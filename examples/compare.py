@@ -85,7 +85,7 @@ EXPERIMENTS = {
     "blocks": Experiment(
         "Into how many blocks?",
         common="--network resnet110 --head mlp_sr --epochs 300 --lr 0.01 --drops 150 225 --drop-to 0.1",
-        reduced="--network resnet20 --channels 8 --images 10000 --epochs 8 --lr 0.1 --drops 4 6",
+        reduced="--network resnet20 --images 5000 --epochs 8 --lr 0.1 --drops 4 6",
         lines={"DGL": "--method dgl"},
         points={str(number): f"--blocks {number}" for number in (1, 2, 4, 8)},
         axis="number of blocks (1: backpropagation)",

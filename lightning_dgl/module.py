@@ -300,6 +300,9 @@ class DGLModule(LightningModule):
                 "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
                 "drop_last=True to the DataLoader, or another batch size."
             )
+        if batch_idx % self.trainer.accumulate_grad_batches == 0 and not self.trainer.fit_loop._skip_backward:
+            # As Lightning will, but it frees the gradients of the step before only when there are new ones.
+            self.trainer.optimizers[0].zero_grad()
         stage, boundaries = self.stage, self.boundaries
         streams = self._random_streams
         assert streams is not None

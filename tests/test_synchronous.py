@@ -120,6 +120,19 @@ def test_no_gradient_crosses_a_boundary(make_trainer: Callable[..., L.Trainer]) 
     assert seen[3] > 0
 
 
+def test_gradients_of_the_step_before_are_freed_first(make_trainer: Callable[..., L.Trainer]) -> None:
+    held: list[bool] = []
+
+    class Watch(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            held.append(any(p.grad is not None for p in self.parameters()))
+            return super().local_loss(block, scores, targets)
+
+    module = Watch(small_cnn(), split_at=CUTS[2], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
+    make_trainer(limit_train_batches=4, accumulate_grad_batches=2).fit(module, loader())
+    assert held == [False, False, True, True] * 2
+
+
 def test_one_block_s_activations_are_held_at_a_time(make_trainer: Callable[..., L.Trainer]) -> None:
     module = DGLModule(small_cnn(), split_at=CUTS[4], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
     held: dict[int, int] = {}  # storage -> how many saved tensors use it

@@ -420,7 +420,7 @@ def test_hooks_see_gradients(make_trainer: MakeTrainer) -> None:
 
     make_trainer(limit_train_batches=2, callbacks=[Watch()]).fit(make_module(4), loader())
     assert seen == {
-        "on_before_zero_grad": [False, True],  # those of the step before
+        "on_before_zero_grad": [False, False],  # those of the step before have made place for the new ones
         "on_before_backward": [False, False],
         "on_after_backward": [True, True],
         "on_before_optimizer_step": [True, True],
