@@ -211,8 +211,7 @@ class VectorQuantizer(Codec):
         self.decay = decay
         self.num_codebooks = num_codebooks
         self.compile_search = compile
-        self.perplexity = float("nan")
-        self.error = float("nan")
+        self._measured = torch.full((2,), float("nan"))  # read when asked for, as that waits for the device
         self.register_buffer("codebook", torch.zeros(num_codebooks * num_codes, code_dim))
         self.register_buffer("counts", torch.zeros(num_codebooks * num_codes))
         self.register_buffer("sums", torch.zeros(num_codebooks * num_codes, code_dim))
@@ -222,6 +221,22 @@ class VectorQuantizer(Codec):
     def extra_repr(self) -> str:
         several = f", num_codebooks={self.num_codebooks}" if self.num_codebooks > 1 else ""
         return f"num_codes={self.num_codes}, code_dim={self.code_dim}, decay={self.decay}{several}"
+
+    @property
+    def perplexity(self) -> float:
+        """How many codes are in equal use."""
+        return float(self._measured[0])
+
+    @property
+    def error(self) -> float:
+        """Squared distance to the codes over the vectors' variance."""
+        return float(self._measured[1])
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorQuantizer:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.num_updates = self.num_updates.cpu()  # the host reads it for every batch
+        return self
 
     @override
     @torch.no_grad()
@@ -333,7 +348,7 @@ class VectorQuantizer(Codec):
 
     def _learn(self, books: Sequence[Tensor], decay: float, generator: torch.Generator) -> None:
         """Learn from the sample of each codebook."""
-        perplexity, error, variance = 0.0, 0.0, 0.0
+        perplexity, error, variance = torch.zeros(3, device=self.codebook.device)
         for b, sample in enumerate(books):
             codebook, counts, sums = (self._rows(b, own) for own in (self.codebook, self.counts, self.sums))
             codes = nearest(sample.T[None, None], codebook).flatten().long()
@@ -350,11 +365,10 @@ class VectorQuantizer(Codec):
                 codebook[unused] = new
                 counts[unused] = total / self.num_codes
                 sums[unused] = new * total / self.num_codes
-            perplexity += float(torch.special.entr(used / len(sample)).sum().exp())
-            error += float(distances.mean())
-            variance += float(sample.var(0, correction=0).sum())
-        self.perplexity = perplexity / len(books)
-        self.error = error / max(variance, 1e-12)
+            perplexity = perplexity + torch.special.entr(used / len(sample)).sum().exp()
+            error = error + distances.mean()
+            variance = variance + sample.var(0, correction=0).sum()
+        self._measured = torch.stack([perplexity / len(books), error / variance.clamp_min(1e-12)])
 
 
 def _draw(weights: Tensor, number: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -84,10 +84,10 @@ class DGLModule(LightningModule):
     Works under any single-device strategy and under DDP, and with :class:`~lightning_dgl.DGLStrategy`. A batch is
     ``(inputs, targets)``: a tensor that the network takes, and class indices (N,) or class probabilities (N, classes).
 
-    Logged are ``train/loss`` and ``train/acc`` for each step, ``val/loss`` and ``val/acc`` (``test/`` alike) for each
-    epoch, all of the last block; the same followed by ``_block0``, ``_block1``, ... for every block; and
-    ``val/acc_ensemble``. In training, the values of every block are taken every ``Trainer(log_every_n_steps)`` steps
-    and at the end of an epoch.
+    Logged are ``train/loss`` and ``train/acc``, ``val/loss`` and ``val/acc`` (``test/`` alike) for each epoch, all of
+    the last block; the same followed by ``_block0``, ``_block1``, ... for every block; and ``val/acc_ensemble``. In
+    training, ``train/loss`` is taken in every step, all other values every ``Trainer(log_every_n_steps)`` steps and at
+    the end of an epoch; in every step if a callback monitors one of them.
 
     Args:
         network: any feed-forward network, (N, C, H, W) -> class scores (N, classes). It is trained in place.
@@ -447,18 +447,20 @@ class DGLModule(LightningModule):
     def _log_training(self, steps: dict[int, LocalStep]) -> None:
         stage = self.stage
         detailed = self._logs_every_block_now()
-        logged = {j: step for j, step in sorted(steps.items()) if detailed or j == self.num_blocks - 1}
-        values = self._metrics_of("train").batch_values(logged)
-        if detailed and self._on_nonfinite == "skip":
-            values |= {f"skipped_block{j}": torch.tensor(float(self._skipped[j])) for j in steps}
-        shown = {name: value for name, value in values.items() if detailed or is_headline(name)}
+        shown: dict[str, Tensor] = {}
+        if detailed:
+            shown = self._metrics_of("train").batch_values(dict(sorted(steps.items())))
+            if self._on_nonfinite == "skip":
+                shown |= {f"skipped_block{j}": torch.tensor(float(self._skipped[j])) for j in steps}
+        elif self.num_blocks - 1 in steps:
+            shown["loss"] = steps[self.num_blocks - 1].loss
         if stage.is_split:
             self._latest |= shown
             if detailed and not stage.is_first and self._logs_now():
                 numbers = {f"train/{name}": float(value) for name, value in shown.items()}
                 stage.report(Report(self.global_step, numbers | {"epoch": self.current_epoch}))
         if shown:
-            batch_size = len(next(iter(logged.values())).targets)
+            batch_size = len(next(iter(steps.values())).targets)
             self._log_values("train", shown, on_step=True, on_epoch=False, batch_size=batch_size)
         for name, value in self._log_reports().items():
             if name != "epoch":
@@ -473,10 +475,18 @@ class DGLModule(LightningModule):
         return latest
 
     def _logs_every_block_now(self) -> bool:
-        """Whether something will read the values of every block: each one that is logged costs time in every step."""
+        """Whether something will read more than the last block's loss: each value logged costs time in every step."""
         trainer = self.trainer
         is_last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
-        return trainer._logger_connector.should_update_logs or is_last or trainer.global_step == 0
+        is_due = trainer._logger_connector.should_update_logs or is_last or trainer.global_step == 0
+        return is_due or any(name.startswith("train/") and name != "train/loss" for name in self._monitored())
+
+    def _monitored(self) -> Iterator[str]:
+        """What callbacks such as ModelCheckpoint watch; they may do so after any step."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            name = getattr(callback, "monitor", None)
+            if isinstance(name, str):
+                yield name
 
     def _logs_now(self) -> bool:
         """Whether Lightning gives what this step has logged to the loggers."""

@@ -70,7 +70,7 @@ class BlockOptimizer(Optimizer):
             for i, group in enumerate(optimizer.param_groups):
                 own = group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{i + 1}")
                 group["name"] = f"block{j}/{own}" if own else f"block{j}"  # what LearningRateMonitor shows
-            # A fused optimizer offers to unscale gradients itself, for which Lightning refuses to clip them. Here they are
+            # A fused optimizer offers to unscale gradients itself, and so Lightning refuses to clip them. Here they are
             # unscaled before, by BlockGradScaler.
             if getattr(optimizer, "_step_supports_amp_scaling", False):
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

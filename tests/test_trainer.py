@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -157,6 +158,55 @@ def test_overfit_batches(make_trainer: MakeTrainer) -> None:
     trainer.fit(make_module(4), loader())
     assert trainer.global_step == 30
     assert trainer.callback_metrics["train/acc"] == 1.0
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "train/acc_block0"])
+def test_what_a_callback_monitors_is_of_the_latest_step(monitor: str, make_trainer: MakeTrainer) -> None:
+    seen: list[float] = []
+    expected: list[float] = []
+
+    class Reader(L.Callback):
+        def __init__(self) -> None:
+            self.monitor = monitor
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            seen.append(trainer.callback_metrics[monitor].item())
+
+    class Recording(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            loss = super().local_loss(block, scores, targets)
+            if monitor == "train/acc_block0" and block == 0:
+                expected.append((scores.argmax(1) == targets).float().mean().item())
+            if monitor == "train/loss" and block == self.num_blocks - 1:
+                expected.append(loss.item())
+            return loss
+
+    module = Recording(small_cnn(), num_blocks=2, example_input=(2, 3, 8, 8), optimizer=sgd)
+    make_trainer(callbacks=[Reader()], log_every_n_steps=3).fit(module, loader())
+    assert len(set(expected)) > 1
+    assert seen == pytest.approx(expected)
+
+
+def test_a_step_waits_for_the_device_equally_often_with_more_blocks(make_trainer: MakeTrainer) -> None:
+    class Waits(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    class Counted(DGLModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with Waits() as waits:
+                loss = super().training_step(batch, batch_idx)
+            numbers.setdefault(self.num_blocks, []).append(waits.number)
+            return loss
+
+    numbers: dict[int, list[int]] = {}
+    for cuts in (["6"], ["2", "6", "10"]):
+        module = Counted(small_cnn(), split_at=cuts, example_input=(2, 3, 8, 8), optimizer=sgd)
+        make_trainer(limit_train_batches=3, max_epochs=2).fit(module, loader())
+    assert numbers[2] == numbers[4]  # whether losses are finite is asked for all blocks at once
 
 
 def test_barebones(make_trainer: MakeTrainer) -> None:
