@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import copy
 import platform
-import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import quiet_trainer
+from benchmarks.common import markdown_table, publish, quiet_trainer, spread
 from lightning_dgl import DGLModule, DGLStrategy
 from lightning_dgl.module import sgd
 
@@ -81,6 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each run")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -97,19 +96,16 @@ def main() -> None:
         bare.append(bare_loop(blocks, heads, data) / args.steps)
     ratios = [b / a for a, b in zip(ours, bare, strict=True)]
 
-    table = Table(
-        title=f"Four blocks, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}, "
-        f"{platform.machine()}, {args.repeats} interleaved repeats"
+    rows = [
+        ["Trainer + DGLStrategy, ms a step", spread([1e3 * s for s in ours], 1)],
+        ["bare loop, ms a step", spread([1e3 * s for s in bare], 1)],
+        ["samples/s, Trainer over bare loop", spread(ratios, 2)],
+    ]
+    conditions = (
+        f"Four blocks, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}, "
+        f"{platform.machine()}; {args.steps} steps, {args.repeats} interleaved repeats: median (min–max)."
     )
-    for column in ("", "median", "min", "max"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, values, unit in (
-        ("Trainer + DGLStrategy, ms a step", [1e3 * s for s in ours], ".1f"),
-        ("bare loop, ms a step", [1e3 * s for s in bare], ".1f"),
-        ("samples/s, Trainer over bare loop", ratios, ".3f"),
-    ):
-        table.add_row(name, *(format(f(values), unit) for f in (statistics.median, min, max)))
-    Console(width=120).print(table)
+    publish(f"{conditions}\n\n{markdown_table(['', ''], rows)}", args.output)
 
 
 if __name__ == "__main__":

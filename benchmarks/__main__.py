@@ -1,0 +1,90 @@
+"""Run the benchmarks that this machine can run, one after another, and write one report.
+
+    python -m benchmarks                          # about an hour and a half on two cores
+    python -m benchmarks overhead --repeats 1     # some of them, and only once
+    python -m benchmarks --gpu                    # on one GPU, too
+
+Each is a command of its own as well, with more options: ``python -m benchmarks.NAME --help``. The limited link needs
+root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.common import publish
+
+TITLES = {
+    "single_device": "One device: throughput and memory",
+    "overhead": "What the Trainer costs",
+    "parallel": "Blocks on two ranks, against pipelines and DDP",
+    "scaling": "How it scales with the number of stages",
+    "straggler": "A straggler",
+    "quantizer": "What codecs save and cost",
+    "slow_link": "A limited link",
+}
+
+# What else runs on a GPU. The small network is bound by launching kernels, the others by computing.
+ON_GPU = ("--device", "cuda", "--precision", "bf16-mixed", "--largest", "--steps", "30", "--warm-up", "10")
+GPU_METHODS = tuple(
+    method + option
+    for option in ("", "+channels_last", "+channels_last+compile")
+    for method in ("backprop", "checkpoint-4", "dgl-2", "dgl-4", "dgl-8")
+    if not option or method in ("backprop", "dgl-4")
+)
+GPU_RUNS = {
+    "six_layers_128": ("--networks", "six_layers", "--batch-size", "128"),
+    "six_layers_512": ("--networks", "six_layers", "--batch-size", "512"),
+    "imagenet_64": ("--networks", "resnet50", "vgg19_bn", "--batch-size", "64"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(TITLES)}; by default all")
+    parser.add_argument("--gpu", action="store_true", help="run single_device on a GPU, too")
+    parser.add_argument("--repeats", type=int, help="of each; by default what each has")
+    parser.add_argument("--output", type=Path, default=Path("results/benchmarks"), help="folder for report and figures")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in TITLES]
+    if unknown:
+        parser.error(f"argument name: must be of {', '.join(TITLES)}, got {unknown[0]!r}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    repeats = [] if args.repeats is None else ["--repeats", str(args.repeats)]
+
+    parts = ["# Benchmarks"]
+    for name in args.names or TITLES:
+        parts.append(f"## {TITLES[name]}")
+        if name == "slow_link" and os.geteuid() != 0:
+            parts.append("Left out: this one needs root.")
+            continue
+        figure = args.output / f"{name}.png"
+        drawing = ["--figure", str(figure)] if name == "single_device" else []
+        parts.append(run(name, [*repeats, *drawing], args.output / f"{name}.md"))
+        if drawing:
+            parts.append(f"![{TITLES[name]}]({figure.name})")
+    for name, options in GPU_RUNS.items() if args.gpu else ():
+        figure = args.output / f"{name}.png"
+        how = [*ON_GPU, *options, "--methods", *GPU_METHODS, *repeats, "--figure", str(figure)]
+        parts += [f"## On a GPU: {name}", run("single_device", how, args.output / f"{name}.md")]
+        parts.append(f"![{name}]({figure.name})")
+    publish("\n\n".join(parts), args.output / "report.md")
+
+
+def run(name: str, options: list[str], output: Path) -> str:
+    """The command of a benchmark, and the tables that it wrote."""
+    output.unlink(missing_ok=True)
+    began = time.monotonic()
+    command = ["-m", f"benchmarks.{name}", *options]
+    status = subprocess.run([sys.executable, *command, "--output", str(output)], stdout=subprocess.DEVNULL).returncode
+    shown = f"`python {' '.join(command)}`, {(time.monotonic() - began) / 60:.0f} minutes"
+    return f"{shown}\n\n{output.read_text()}" if status == 0 else f"{shown}\n\nFailed with exit status {status}."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""One device: decoupled greedy learning against backpropagation and activation checkpointing, all under Lightning.
+
+    python -m benchmarks.single_device --output single_device.md --figure single_device.png
+
+A method is named KIND-K, with ``+compile`` and ``+channels_last`` where it has these:
+
+- backprop: end-to-end backpropagation.
+- checkpoint-K: the same, keeping of K segments (equal in memory) only their inputs, and computing the rest anew.
+- dgl-K: K blocks, balanced by memory, trained by DGLStrategy.
+
+All train the same network with the same optimizer on the same batch, which is on the device already. Peak memory is
+what torch has allocated at most, weights, gradients, momentum and the auxiliary heads' included: on a GPU its
+allocator's figure, on a CPU counted by its profiler in a run of its own. The largest batch that fits is tried out on a
+GPU; on a CPU it is reckoned from the peaks at two batch sizes, and ``--budget`` is what it must fit in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, spread
+from examples.networks import six_layers
+from lightning_dgl import DGLModule, DGLStrategy, split
+
+KINDS = ("backprop", "checkpoint", "dgl")
+METHODS = ("backprop", "checkpoint-4", "dgl-2", "dgl-4", "dgl-8")
+COMPILED = ("backprop+compile", "dgl-4+compile")
+MiB, GiB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and what to train it on if nothing else is said.
+
+    Attributes:
+        batch_size: for steps that take a few seconds on a CPU.
+        large_batch_size: for counting bytes: so large that activations decide how much memory is needed.
+    """
+
+    make: Callable[[], nn.Module]
+    num_classes: int
+    image_size: int
+    batch_size: int
+    large_batch_size: int
+
+
+def _of_torchvision(name: str, batch_size: int, large_batch_size: int) -> Network:
+    return Network(partial(torchvision.models.get_model, name, weights=None), 1000, 224, batch_size, large_batch_size)
+
+
+NETWORKS = {
+    "six_layers": Network(partial(six_layers, 3, 10), 10, 32, 64, 512),
+    "resnet50": _of_torchvision("resnet50", 8, 64),
+    "vgg19_bn": _of_torchvision("vgg19_bn", 4, 32),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One method, and what it trains on."""
+
+    network: str
+    method: str
+    batch_size: int
+    image_size: int
+    device: str
+    precision: Any
+    steps: int
+    warm_up: int
+
+    @property
+    def kind(self) -> str:
+        return self.method.partition("+")[0].partition("-")[0]
+
+    @property
+    def number(self) -> int:
+        """K, of blocks or of segments."""
+        return int(self.method.partition("+")[0].partition("-")[2] or 1)
+
+    @property
+    def options(self) -> list[str]:
+        return self.method.split("+")[1:]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if "channels_last" in self.options else torch.contiguous_format
+
+    def check(self) -> None:
+        known = {"compile", "channels_last"}
+        if self.kind not in KINDS or not set(self.options) <= known or (self.kind != "backprop" and self.number < 2):
+            raise SystemExit(f"--methods: must be KIND-K[+compile][+channels_last], see --help, got {self.method!r}.")
+
+
+class Checkpointing(Backpropagation):
+    """Backpropagation that keeps only what crosses from one segment of the network to the next."""
+
+    def __init__(self, network: nn.Module, num_segments: int, example_input: list[int]) -> None:
+        super().__init__(network)
+        self.segments = split(network, num_segments, example_input=torch.zeros(example_input), balance="memory")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, targets = batch
+        *before, last = self.segments
+        for segment in before:
+            x = checkpoint(segment, x, use_reentrant=False)
+        return nn.functional.cross_entropy(last(x), targets)
+
+
+def make_module(setup: Setup) -> L.LightningModule:
+    network = NETWORKS[setup.network].make().to(memory_format=setup.memory_format)  # type: ignore[call-overload]
+    example, compiled = [2, 3, setup.image_size, setup.image_size], "compile" in setup.options
+    if setup.kind == "dgl":
+        return DGLModule(network, setup.number, example_input=example, balance="memory", compile=compiled)
+    if setup.kind == "checkpoint":
+        module = Checkpointing(network, setup.number, example)
+        for segment in module.segments if compiled else ():
+            segment.compile()
+        return module
+    if compiled:
+        network.compile()
+    return Backpropagation(network)
+
+
+# What runs in processes
+
+
+class Clock(L.Callback):
+    """Seconds of the steps after the warm-up."""
+
+    seconds = 0.0
+
+    def __init__(self, warm_up: int) -> None:
+        self._warm_up = warm_up
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self._warm_up:
+            _wait_for_device()
+            self._began = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        _wait_for_device()
+        self.seconds = time.perf_counter() - self._began
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def noise(setup: Setup, batch_size: int) -> tuple[Tensor, Tensor]:
+    inputs = torch.randn(batch_size, 3, setup.image_size, setup.image_size)
+    targets = torch.randint(0, NETWORKS[setup.network].num_classes, (batch_size,))
+    return inputs.to(setup.device, memory_format=setup.memory_format), targets.to(setup.device)
+
+
+def train(setup: Setup, warm_up_batch_size: int | None = None) -> float:
+    """Seconds a step."""
+    batch = noise(setup, setup.batch_size)
+    before = batch if warm_up_batch_size is None else noise(setup, warm_up_batch_size)
+    clock = Clock(setup.warm_up)
+    trainer = quiet_trainer(
+        strategy=DGLStrategy() if setup.kind == "dgl" else "auto",
+        accelerator=setup.device,
+        precision=setup.precision,
+        callbacks=[clock],
+    )
+    batches: Any = [before] * setup.warm_up + [batch] * setup.steps
+    trainer.fit(make_module(setup), DataLoader(batches, batch_size=None))
+    return clock.seconds / setup.steps
+
+
+def time_steps(rank: int, setup: Setup) -> tuple[float, int]:
+    """Seconds a step, and on a GPU the bytes allocated at most."""
+    seconds = train(setup)
+    return seconds, torch.cuda.max_memory_allocated() if setup.device == "cuda" else 0
+
+
+def count_bytes(rank: int, setup: Setup) -> int:
+    """Bytes allocated on the CPU at most, in a step, one on two samples before it, and all that comes before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train(replace(setup, warm_up=1, steps=1), warm_up_batch_size=2)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def largest_batch(rank: int, setup: Setup) -> int:
+    """The largest batch that a GPU can train on, found by trying."""
+
+    def fits(batch_size: int) -> bool:
+        try:
+            train(replace(setup, batch_size=batch_size, warm_up=1, steps=1))
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        return True
+
+    return largest(fits)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, to within a sixteenth."""
+    if not fits(1):
+        return 0
+    too_large = 2
+    while fits(too_large):
+        too_large *= 2
+    found = too_large // 2
+    while too_large - found > max(1, found // 16):
+        middle = (found + too_large) // 2
+        found, too_large = (middle, too_large) if fits(middle) else (found, middle)
+    return found
+
+
+def head_share(setup: Setup) -> float:
+    """FLOPs of the auxiliary heads over those of the network."""
+    module = make_module(replace(setup, method=setup.method.partition("+")[0]))
+    return sum(module.head_flops) / sum(module.block_flops) if isinstance(module, DGLModule) else 0.0
+
+
+# The report
+
+
+@dataclass
+class Result:
+    """What was measured of one method.
+
+    Attributes:
+        seconds: of a step, by repeat.
+        peak: bytes allocated at most, with ``peak_batch_size`` samples.
+        largest: batch that fits.
+    """
+
+    setup: Setup
+    seconds: list[float]
+    peak: int
+    peak_batch_size: int
+    largest: int | None
+    head_share: float
+
+    @property
+    def samples_per_second(self) -> list[float]:
+        return [self.setup.batch_size / seconds for seconds in self.seconds]
+
+
+def measure(setups: list[Setup], args: argparse.Namespace) -> list[Result]:
+    """All methods on one network, in interleaved repeats."""
+    readings: dict[Setup, list[tuple[float, int]]] = {setup: [] for setup in setups}
+    for repeat in range(args.repeats):
+        for setup in setups:
+            readings[setup] += in_processes(1, args.threads, time_steps, setup)
+            speed = setup.batch_size / readings[setup][-1][0]
+            progress = f"{setup.network}, {setup.method}, repeat {repeat + 1} of {args.repeats}"
+            print(f"{progress}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
+    results = []
+    for setup in setups:
+        peak, of_batch, fits = max(peak for _, peak in readings[setup]), setup.batch_size, None
+        if setup.device == "cpu":
+            of_batch = args.large_batch_size or NETWORKS[setup.network].large_batch_size
+            half, peak = (
+                in_processes(1, args.threads, count_bytes, replace(setup, batch_size=size))[0]
+                for size in (of_batch // 2, of_batch)
+            )
+            fits = of_batch + int((args.budget * GiB - peak) / ((peak - half) / (of_batch - of_batch // 2)))
+        elif args.largest:
+            (fits,) = in_processes(1, args.threads, largest_batch, setup)
+        seconds = [seconds for seconds, _ in readings[setup]]
+        results.append(Result(setup, seconds, peak, of_batch, fits, head_share(setup)))
+        print(f"{setup.network}, {setup.method}: {peak / MiB:.0f} MiB", file=sys.stderr, flush=True)
+    return results
+
+
+def table(results: list[Result]) -> str:
+    """One row a method; ratios are over the first, repeat by repeat."""
+    first, rows = results[0], []
+    for result in results:
+        speeds = result.samples_per_second
+        ratios = [a / b for a, b in zip(speeds, first.samples_per_second, strict=True)]
+        fits, most = result.largest, first.largest
+        rows.append(
+            [
+                result.setup.method,
+                f"{100 * result.head_share:.1f} %" if result.setup.kind == "dgl" else "",
+                spread(speeds, 1),
+                spread(ratios, 2),
+                f"{0.95 / (1 + result.head_share):.2f}" if result.setup.kind == "dgl" else "",
+                f"{result.peak / MiB:.0f}",
+                f"{result.peak / first.peak:.2f}",
+                "" if fits is None else f"{fits}",
+                "" if fits is None or not most else f"{fits / most:.2f}",
+            ]
+        )
+    over = f"over {first.setup.method}"
+    columns = ["method", "heads' FLOPs", "samples/s", over, "aim", "peak MiB", over, "largest batch", over]
+    return markdown_table(columns, rows)
+
+
+def draw(results: dict[str, list[Result]], path: Path) -> None:
+    """Throughput against memory: a panel for each network, a point for each method."""
+    figure = Figure(figsize=(4.2 * len(results), 4), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (network, own) in zip(panels, results.items(), strict=True):
+        speed, peak = statistics.median(own[0].samples_per_second), own[0].peak
+        for result in own:
+            at = (result.peak / peak, statistics.median(result.samples_per_second) / speed)
+            (dot,) = axes.plot(*at, "o")
+            axes.annotate(result.setup.method, at, xytext=(4, 4), textcoords="offset points", color=dot.get_color())
+        axes.set_title(f"{network}, {own[0].setup.image_size}×{own[0].setup.image_size}")
+        axes.set_xlabel(f"peak memory over backpropagation's, batch {own[0].peak_batch_size}")
+        axes.margins(0.25)
+        axes.grid(alpha=0.3)
+        axes.set_ylabel(f"samples/s over backpropagation's, batch {own[0].setup.batch_size}")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--methods", nargs="+", default=[*METHODS, *COMPILED], help="the others are compared to the first"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", default="32-true", help="Trainer's")
+    parser.add_argument("--batch-size", type=int, help="by default one that suits a CPU")
+    parser.add_argument(
+        "--large-batch-size", type=int, help="for memory on a CPU; must be so large that activations count"
+    )
+    parser.add_argument("--image-size", type=int, help="by default 224 for ImageNet's networks, and 32 for CIFAR-10's")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each run")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before these")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--budget", type=float, default=16.0, help="GiB, for the largest batch on a CPU")
+    parser.add_argument("--largest", action="store_true", help="try out the largest batch on a GPU")
+    parser.add_argument("--output", type=Path, help="file to write the tables to, besides printing them")
+    parser.add_argument("--figure", type=Path, help="file to draw throughput against memory to")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no GPU here.")
+
+    results = {}
+    for name in args.networks:
+        network = NETWORKS[name]
+        setups = [
+            Setup(
+                name,
+                method,
+                args.batch_size or network.batch_size,
+                args.image_size or network.image_size,
+                args.device,
+                args.precision,
+                args.steps,
+                args.warm_up,
+            )
+            for method in args.methods
+        ]
+        for setup in setups:
+            setup.check()
+        results[name] = measure(setups, args)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
+    parts = [
+        f"{where}, {args.precision}, torch {torch.__version__}, torchvision {torchvision.__version__}; {args.steps} "
+        f"steps after {args.warm_up}, {args.repeats} interleaved repeats: median (min–max)."
+    ]
+    for name, own in results.items():
+        setup = own[0].setup
+        memory = (
+            f", memory at batch {own[0].peak_batch_size} and for {args.budget:g} GiB" if args.device == "cpu" else ""
+        )
+        parts += [f"{name}, {setup.image_size}×{setup.image_size}, batch {setup.batch_size}{memory}:", table(own)]
+    publish("\n\n".join(parts), args.output)
+    if args.figure is not None:
+        draw(results, args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What the benchmarks reckon; what they measure is nobody's to assert."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+
+from benchmarks import single_device
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 64, 100, 1000, 4097])
+def test_the_largest_batch_that_fits_is_found_to_within_a_sixteenth(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(batch_size: int) -> bool:
+        tried.append(batch_size)
+        return batch_size <= limit
+
+    found = single_device.largest(fits)
+    assert found <= limit <= found + max(1, found // 16)
+    assert found == 0 or found in tried  # not merely reckoned
+    assert len(tried) <= 20
+
+
+@pytest.mark.parametrize("method", ["dgl-4+fast", "dgl", "greedy-4"])
+def test_an_unknown_method_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["single_device", "--methods", "backprop", method])
+    with pytest.raises(SystemExit, match=f"KIND-K.*got {re.escape(repr(method))}"):
+        single_device.main()
+
+
+def test_an_unknown_benchmark_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "overhead", "nonsense"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.__main__").main()
+    assert "single_device, overhead, parallel" in (message := capsys.readouterr().err)
+    assert "got 'nonsense'" in message
