@@ -76,6 +76,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         make_network(args.network, 3, 10, args.channels)
     except ValueError as error:
         parser.error(str(error))
+    if args.compile and args.method in ("dni", "cdni"):
+        parser.error(f"argument --compile: is of blocks and heads, not of --method {args.method}")
     return args
 
 
@@ -134,7 +136,7 @@ def make_module(images: Images, args: argparse.Namespace) -> PreprocessedDGL | P
         def drops(optimizer: Optimizer) -> LRScheduler:
             return MultiStepLR(optimizer, args.drops, args.drop_to)
 
-        options = {"head": args.head, "optimizer": optimizer, "lr_scheduler": drops}
+        options = {"head": args.head, "optimizer": optimizer, "lr_scheduler": drops, "compile": args.compile}
         module = PreprocessedDGL(network, **cuts, example_input=(2, in_channels, *size), **options)
     module.preprocessing = Preprocessing(images[0], augment=args.data != "digits")
     return module

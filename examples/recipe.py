@@ -28,7 +28,7 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codec", type=_codec, help="between blocks: raw, half, or 256x8: codes x dimension (x codebooks)"
     )
-    parser.add_argument("--compile", action="store_true", help="the search for codes; needs a C++ compiler")
+    parser.add_argument("--compile-codec", action="store_true", help="the search for codes; needs a C++ compiler")
 
 
 def _codec(text: str) -> str | list[int] | None:
@@ -46,11 +46,12 @@ def make_codec(args: argparse.Namespace) -> str | VectorQuantizer | None:
         return args.codec
     num_codes, code_dim, num_codebooks = [*args.codec, 1][:3]
     # The trainings here are shorter than those that the default decay of 0.99 is for.
-    return VectorQuantizer(num_codes, code_dim, 0.9, num_codebooks=num_codebooks, compile=args.compile)
+    return VectorQuantizer(num_codes, code_dim, 0.9, num_codebooks=num_codebooks, compile=args.compile_codec)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add those that say where the outcome of a run goes."""
+    """Add those that any run has: whether to compile, and where its outcome goes."""
+    parser.add_argument("--compile", action="store_true", help="blocks and heads; needs a C++ compiler")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for logs, plots and checkpoints")
     parser.add_argument(
         "--wandb", default="disabled", choices=("online", "offline", "disabled"), help="log to Weights & Biases, too"
