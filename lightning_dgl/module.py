@@ -189,7 +189,7 @@ class DGLModule(LightningModule):
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
         self._code_of_heads = [Code.of_call() for _ in self.heads]
-        self._compile = compile
+        self._is_compiled = compile
         if compile:
             for block in split.blocks:
                 block.compile()
@@ -272,11 +272,7 @@ class DGLModule(LightningModule):
         if block == len(self.heads):
             return output
         images = self.split_points[block].as_images(output)
-        return (
-            self._code_of_heads[block].compiled(self.heads[block], images)
-            if self._compile
-            else self.heads[block](images)
-        )
+        return self._code_of_heads[block](self.heads[block], images, self._is_compiled)
 
     def _check_whole(self) -> None:
         if self._trainer is not None and self.stage.is_split:

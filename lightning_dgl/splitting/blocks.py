@@ -66,8 +66,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Run the piece on ``x``, in the network's present mode."""
-        code = self._code[self._network.training]
-        return (code.compiled if self._is_compiled else code.function)(self._network, x)
+        return self._code[self._network.training](self._network, x, self._is_compiled)
 
     @override
     def compile(self) -> None:  # type: ignore[override]

@@ -14,13 +14,7 @@ from torch import Tensor, fx, nn
 
 
 class Code:
-    """A function ``(module, x) -> output`` from Python source that reads whatever it calls from ``module``.
-
-    Attributes:
-        function: runs it as it is written.
-    """
-
-    function: Callable[[nn.Module, Tensor], Any]
+    """A function ``(module, x) -> output`` from Python source that reads whatever it calls from ``module``."""
 
     def __init__(self, source: str, names: dict[str, Any]) -> None:
         self._source = source
@@ -30,7 +24,7 @@ class Code:
         # For tracebacks; and only what has a file does dynamo take for a piece of code of its own.
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         exec(compile(source, file, "exec"), namespace)
-        self.function = namespace["forward"]
+        self._function: Callable[[nn.Module, Tensor], Any] = namespace["forward"]
 
     @classmethod
     def of_graph(cls, graph: fx.Graph) -> Code:
@@ -43,14 +37,15 @@ class Code:
         """Call the module."""
         return cls("def forward(self, x):\n    return self(x)\n", {})
 
-    @cached_property
-    def compiled(self) -> Callable[[nn.Module, Tensor], Any]:
-        """Runs it through ``torch.compile``.
+    def __call__(self, module: nn.Module, x: Tensor, compiled: bool) -> Any:
+        """Run it as it is written, or through ``torch.compile``."""
+        return (self._compiled if compiled else self._function)(module, x)
 
-        Its graphs are kept with this code alone, so that they do not count towards the number that another block, or
-        another module of the same class, may have (eight in torch).
-        """
-        return torch.compile(self.function)
+    @cached_property
+    def _compiled(self) -> Callable[[nn.Module, Tensor], Any]:
+        # Its graphs are kept with this function alone, so that they do not count towards the number that another block,
+        # or another module of the same class, may have (eight in torch).
+        return torch.compile(self._function)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Code:
         return self  # the module is an argument, so a copied one is as good
