@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import runpy
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +20,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 Result = subprocess.CompletedProcess[str]
 
 
-def run(folder: Path, *arguments: str, python: tuple[str, ...] = (str(SCRIPT),)) -> Result:
-    command = [sys.executable, *python, *arguments]
+def run(folder: Path, *arguments: str) -> Result:
+    command = [sys.executable, str(SCRIPT), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=300)
 
 
@@ -54,35 +59,56 @@ def test_same_seed_same_output(runs: list[tuple[Path, Result]]) -> None:
     assert runs[0][1].stdout == runs[1][1].stdout
 
 
-def test_help(tmp_path: Path) -> None:
-    result = run(tmp_path, "--help")
-    assert result.returncode == 0
-    assert result.stderr == ""
+Failing = Callable[..., tuple[Any, str, str]]
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Failing]:
+    """The script in this process, where it ends early: what it exits with, and what it prints to stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+
+    def run(*arguments: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as end:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    yield run
+    logger.setLevel(level)
+
+
+def test_help(run_here: Failing) -> None:
+    status, printed, complaint = run_here("--help")
+    assert (status, complaint) == (0, "")
     for option in ("--epochs", "--blocks", "--head", "--batch-size", "--seed", "--plot"):
-        assert option in result.stdout
-    assert "(default: 10)" in result.stdout
+        assert option in printed
+    assert "(default: 10)" in printed
 
 
-def test_bad_arguments_end_in_one_line(tmp_path: Path) -> None:
-    cases = {
-        ("--epochs", "0"): "argument --epochs: must be a whole number from 1",
-        ("--head", "huge"): "head must be one of 'linear', 'mlp', 'mlp_sr', 'cnn'",
-        ("--blocks", "100"): "num_blocks=100 is more than DigitNet allows",
-        ("--plot", "missing/curves.png"): "argument --plot: ",
-    }
-    with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda arguments: run(tmp_path, *arguments), cases)
-    for message, result in zip(cases.values(), results, strict=True):
-        assert result.returncode == 2, result.stderr
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert f"error: {message}" in result.stderr
-        assert result.stdout == ""
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs", "0"), "argument --epochs: must be a whole number from 1"),
+        (("--head", "huge"), "head must be one of 'linear', 'mlp', 'mlp_sr', 'cnn'"),
+        (("--blocks", "100"), "num_blocks=100 is more than DigitNet allows"),
+        (("--plot", "missing/curves.png"), "argument --plot: "),
+    ],
+)
+def test_bad_arguments_end_in_one_line(
+    arguments: tuple[str, str], message: str, run_here: Failing, tmp_path: Path
+) -> None:
+    status, printed, complaint = run_here(*arguments)
+    assert (status, printed) == (2, "")
+    assert complaint.count("\n") == 1, complaint
+    assert f"error: {message}" in complaint
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_extra_says_what_to_install(tmp_path: Path) -> None:
-    code = f"import runpy, sys; sys.modules['sklearn'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    result = run(tmp_path, python=("-c", code))
-    assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert 'pip install "lightning-dgl[examples]"' in result.stderr
+def test_missing_extra_says_what_to_install(run_here: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    message, printed, _ = run_here()
+    assert printed == ""
+    assert message.count("\n") == 0
+    assert 'pip install "lightning-dgl[examples]"' in message
