@@ -277,6 +277,10 @@ class Result:
     def samples_per_second(self) -> list[float]:
         return [self.setup.batch_size / seconds for seconds in self.seconds]
 
+    def speed_over(self, other: Result) -> list[float]:
+        """Samples per second over another method's, repeat by repeat."""
+        return [a / b for a, b in zip(self.samples_per_second, other.samples_per_second, strict=True)]
+
 
 def measure(setups: list[Setup], args: argparse.Namespace) -> list[Result]:
     """All methods on one network, in interleaved repeats."""
@@ -310,7 +314,7 @@ def table(results: list[Result]) -> str:
     first, rows = results[0], []
     for result in results:
         speeds = result.samples_per_second
-        ratios = [a / b for a, b in zip(speeds, first.samples_per_second, strict=True)]
+        ratios = result.speed_over(first)
         fits, most = result.largest, first.largest
         rows.append(
             [
@@ -335,9 +339,8 @@ def draw(results: dict[str, list[Result]], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(results), 4), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (network, own) in zip(panels, results.items(), strict=True):
-        speed, peak = statistics.median(own[0].samples_per_second), own[0].peak
         for result in own:
-            at = (result.peak / peak, statistics.median(result.samples_per_second) / speed)
+            at = (result.peak / own[0].peak, statistics.median(result.speed_over(own[0])))
             (dot,) = axes.plot(*at, "o")
             axes.annotate(result.setup.method, at, xytext=(4, 4), textcoords="offset points", color=dot.get_color())
         axes.set_title(f"{network}, {own[0].setup.image_size}×{own[0].setup.image_size}")
