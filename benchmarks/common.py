@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +44,29 @@ class Backpropagation(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return sgd(self.parameters())
+
+
+class Clock(L.Callback):
+    """Seconds of the training steps after the first ``warm_up``."""
+
+    seconds = 0.0
+
+    def __init__(self, warm_up: int) -> None:
+        self._warm_up = warm_up
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self._warm_up:
+            _wait_for_device(module)
+            self._began = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        _wait_for_device(module)
+        self.seconds = time.perf_counter() - self._began
+
+
+def _wait_for_device(module: L.LightningModule) -> None:
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
 
 
 def quiet_trainer(devices: int = 1, **kwargs: Any) -> L.Trainer:

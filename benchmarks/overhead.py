@@ -12,14 +12,12 @@ import copy
 import platform
 import time
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import markdown_table, publish, quiet_trainer, spread
+from benchmarks.common import Clock, markdown_table, publish, quiet_trainer, spread
 from lightning_dgl import DGLModule, DGLStrategy
 from lightning_dgl.module import sgd
 
@@ -37,22 +35,8 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10))
 
 
-class Clock(L.Callback):
-    """Times the steps after the first, which warms up."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 1:
-            self.began = time.perf_counter()
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self.began
-
-
 def with_trainer(module: DGLModule, data: DataLoader[tuple[Tensor, ...]]) -> float:
-    clock = Clock()
+    clock = Clock(warm_up=1)
     quiet_trainer(strategy=DGLStrategy(), accelerator="cpu", callbacks=[clock]).fit(module, data)
     return clock.seconds
 

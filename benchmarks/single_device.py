@@ -22,7 +22,6 @@ import itertools
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, spread
+from benchmarks.common import Backpropagation, Clock, in_processes, markdown_table, publish, quiet_trainer, spread
 from examples.networks import six_layers
 from lightning_dgl import DGLModule, DGLStrategy, split
 
@@ -155,29 +154,6 @@ def make_module(setup: Setup) -> L.LightningModule:
 
 
 # What runs in processes
-
-
-class Clock(L.Callback):
-    """Seconds of the steps after the warm-up."""
-
-    seconds = 0.0
-
-    def __init__(self, warm_up: int) -> None:
-        self._warm_up = warm_up
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self._warm_up:
-            _wait_for_device()
-            self._began = time.perf_counter()
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        _wait_for_device()
-        self.seconds = time.perf_counter() - self._began
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def noise(setup: Setup, batch_size: int) -> tuple[Tensor, Tensor]:
