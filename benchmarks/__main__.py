@@ -31,12 +31,6 @@ TITLES = {
 
 # What else runs on a GPU. The small network is bound by launching kernels, the others by computing.
 ON_GPU = ("--device", "cuda", "--precision", "bf16-mixed", "--largest", "--steps", "30", "--warm-up", "10")
-GPU_METHODS = tuple(
-    method + option
-    for option in ("", "+channels_last", "+channels_last+compile")
-    for method in ("backprop", "checkpoint-4", "dgl-2", "dgl-4", "dgl-8")
-    if not option or method in ("backprop", "dgl-4")
-)
 GPU_RUNS = {
     "six_layers_128": ("--networks", "six_layers", "--batch-size", "128"),
     "six_layers_512": ("--networks", "six_layers", "--batch-size", "512"),
@@ -70,7 +64,7 @@ def main() -> None:
             parts.append(f"![{TITLES[name]}]({figure.name})")
     for name, options in GPU_RUNS.items() if args.gpu else ():
         figure = args.output / f"{name}.png"
-        how = [*ON_GPU, *options, "--methods", *GPU_METHODS, *repeats, "--figure", str(figure)]
+        how = [*ON_GPU, *options, *repeats, "--figure", str(figure)]
         parts += [f"## On a GPU: {name}", run("single_device", how, args.output / f"{name}.md")]
         parts.append(f"![{name}]({figure.name})")
     publish("\n\n".join(parts), args.output / "report.md")

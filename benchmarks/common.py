@@ -10,7 +10,7 @@ import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +18,6 @@ from typing import Any, TypeVar
 import lightning as L
 import torch
 from torch import Tensor, nn
-
-from lightning_dgl.module import sgd
 
 T = TypeVar("T")
 
@@ -31,6 +29,11 @@ PROCESS_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_ARENA_MAX": "1",
 }
+
+
+def sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """As the package's default, but with a learning rate at which noise can be trained on for ever."""
+    return torch.optim.SGD(params, lr=1e-5, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 class Backpropagation(L.LightningModule):

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import Clock, markdown_table, publish, quiet_trainer, spread
+from benchmarks.common import Clock, markdown_table, publish, quiet_trainer, sgd, spread
 from lightning_dgl import DGLModule, DGLStrategy
-from lightning_dgl.module import sgd
 
 CHANNELS = (128, 256, 256, 512)
 
@@ -71,7 +70,7 @@ def main() -> None:
     data = DataLoader(
         TensorDataset(torch.randn(num_samples, 3, 32, 32), torch.randint(0, 10, (num_samples,))), args.batch_size
     )
-    module = DGLModule(network(), split_at=["0", "1", "2"], example_input=[2, 3, 32, 32])
+    module = DGLModule(network(), split_at=["0", "1", "2"], example_input=[2, 3, 32, 32], optimizer=sgd)
     blocks, heads = copy.deepcopy((module.blocks, [*module.heads, nn.Identity()]))
     blocks.train()
     ours, bare = [], []

@@ -47,9 +47,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, spread
+from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, sgd, spread
 from lightning_dgl import DGLModule, DGLStrategy
-from lightning_dgl.module import sgd
 
 CONVOLUTIONS = 3
 PIPELINES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -111,7 +110,9 @@ def network(num_blocks: int, channels: int) -> nn.Sequential:
 
 def dgl_module(setup: Setup) -> DGLModule:
     split_at = [str(j) for j in range(setup.blocks - 1)]
-    return DGLModule(network(setup.blocks, setup.channels), split_at=split_at, example_input=[2, 3, 32, 32])
+    return DGLModule(
+        network(setup.blocks, setup.channels), split_at=split_at, example_input=[2, 3, 32, 32], optimizer=sgd
+    )
 
 
 # What runs in the ranks' processes

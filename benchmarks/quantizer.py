@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import in_processes, markdown_table, publish, spread
+from benchmarks.common import in_processes, markdown_table, publish, sgd, spread
 from lightning_dgl import MLPSRHead, VectorQuantizer
 from lightning_dgl.boundaries import Boundaries
 from lightning_dgl.codecs import HEADER_BYTES
-from lightning_dgl.module import sgd
 
 SHAPE = (128, 128, 16, 16)
 

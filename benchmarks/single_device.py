@@ -22,7 +22,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,13 +37,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from benchmarks.common import Backpropagation, Clock, in_processes, markdown_table, publish, quiet_trainer, spread
+from benchmarks.common import Backpropagation, Clock, in_processes, markdown_table, publish, quiet_trainer, sgd, spread
 from examples.networks import six_layers
 from lightning_dgl import DGLModule, DGLStrategy, split
 
 KINDS = ("backprop", "checkpoint", "dgl")
-METHODS = ("backprop", "checkpoint-4", "dgl-2", "dgl-4", "dgl-8")
-COMPILED = ("backprop+compile", "dgl-4+compile")
+METHODS = (
+    *("backprop", "checkpoint-4", "dgl-2", "dgl-4", "dgl-8"),
+    *("backprop+channels_last", "checkpoint-4+channels_last", "dgl-4+channels_last"),
+    *("backprop+channels_last+compile", "dgl-4+channels_last+compile"),
+)
 MiB, GiB = 2**20, 2**30
 
 
@@ -111,17 +114,7 @@ class Setup:
             raise SystemExit(f"--methods: must be KIND-K[+compile][+channels_last], see --help, got {self.method!r}.")
 
 
-def sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """As the package's default, but with a learning rate at which noise can be trained on for ever."""
-    return torch.optim.SGD(params, lr=1e-5, momentum=0.9, weight_decay=5e-4, fused=True)
-
-
-class EndToEnd(Backpropagation):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return sgd(self.parameters())
-
-
-class Checkpointing(EndToEnd):
+class Checkpointing(Backpropagation):
     """Backpropagation that keeps only what crosses from one segment of the network to the next."""
 
     def __init__(self, network: nn.Module, num_segments: int, example_input: list[int]) -> None:
@@ -150,7 +143,7 @@ def make_module(setup: Setup) -> L.LightningModule:
         return module
     if compiled:
         network.compile()
-    return EndToEnd(network)
+    return Backpropagation(network)
 
 
 # What runs in processes
@@ -162,8 +155,22 @@ def noise(setup: Setup, batch_size: int) -> tuple[Tensor, Tensor]:
     return inputs.to(setup.device, memory_format=setup.memory_format), targets.to(setup.device)
 
 
-def train(setup: Setup, warm_up_batch_size: int | None = None) -> float:
-    """Seconds a step."""
+@dataclass
+class Reading:
+    """What one run shows.
+
+    Attributes:
+        seconds: of a step.
+        head_share: FLOPs of the auxiliary heads over those of the network.
+        peak: bytes allocated on a GPU at most.
+    """
+
+    seconds: float
+    head_share: float
+    peak: int
+
+
+def train(setup: Setup, warm_up_batch_size: int | None = None) -> Reading:
     batch = noise(setup, setup.batch_size)
     before = batch if warm_up_batch_size is None else noise(setup, warm_up_batch_size)
     clock = Clock(setup.warm_up)
@@ -174,14 +181,15 @@ def train(setup: Setup, warm_up_batch_size: int | None = None) -> float:
         callbacks=[clock],
     )
     batches: Any = [before] * setup.warm_up + [batch] * setup.steps
-    trainer.fit(make_module(setup), DataLoader(batches, batch_size=None))
-    return clock.seconds / setup.steps
+    module = make_module(setup)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    share = sum(module.head_flops) / sum(module.block_flops) if isinstance(module, DGLModule) else 0.0
+    peak = torch.cuda.max_memory_allocated() if setup.device == "cuda" else 0
+    return Reading(clock.seconds / setup.steps, share, peak)
 
 
-def time_steps(rank: int, setup: Setup) -> tuple[float, int]:
-    """Seconds a step, and on a GPU the bytes allocated at most."""
-    seconds = train(setup)
-    return seconds, torch.cuda.max_memory_allocated() if setup.device == "cuda" else 0
+def time_steps(rank: int, setup: Setup) -> Reading:
+    return train(setup)
 
 
 def count_bytes(rank: int, setup: Setup) -> int:
@@ -223,12 +231,6 @@ def largest(fits: Callable[[int], bool]) -> int:
     return found
 
 
-def head_share(setup: Setup) -> float:
-    """FLOPs of the auxiliary heads over those of the network."""
-    module = make_module(replace(setup, method=setup.method.partition("+")[0]))
-    return sum(module.head_flops) / sum(module.block_flops) if isinstance(module, DGLModule) else 0.0
-
-
 # The report
 
 
@@ -238,16 +240,17 @@ class Result:
 
     Attributes:
         seconds: of a step, by repeat.
+        head_share: FLOPs of the auxiliary heads over those of the network.
         peak: bytes allocated at most, with ``peak_batch_size`` samples.
         largest: batch that fits.
     """
 
     setup: Setup
     seconds: list[float]
+    head_share: float
     peak: int
     peak_batch_size: int
     largest: int | None
-    head_share: float
 
     @property
     def samples_per_second(self) -> list[float]:
@@ -260,16 +263,16 @@ class Result:
 
 def measure(setups: list[Setup], args: argparse.Namespace) -> list[Result]:
     """All methods on one network, in interleaved repeats."""
-    readings: dict[Setup, list[tuple[float, int]]] = {setup: [] for setup in setups}
+    readings: dict[Setup, list[Reading]] = {setup: [] for setup in setups}
     for repeat in range(args.repeats):
         for setup in setups:
             readings[setup] += in_processes(1, args.threads, time_steps, setup)
-            speed = setup.batch_size / readings[setup][-1][0]
+            speed = setup.batch_size / readings[setup][-1].seconds
             progress = f"{setup.network}, {setup.method}, repeat {repeat + 1} of {args.repeats}"
             print(f"{progress}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
     results = []
     for setup in setups:
-        peak, of_batch, fits = max(peak for _, peak in readings[setup]), setup.batch_size, None
+        peak, of_batch, fits = max(reading.peak for reading in readings[setup]), setup.batch_size, None
         if setup.device == "cpu":
             of_batch = args.large_batch_size or NETWORKS[setup.network].large_batch_size
             half, peak = (
@@ -279,8 +282,8 @@ def measure(setups: list[Setup], args: argparse.Namespace) -> list[Result]:
             fits = of_batch + int((args.budget * GiB - peak) / ((peak - half) / (of_batch - of_batch // 2)))
         elif args.largest:
             (fits,) = in_processes(1, args.threads, largest_batch, setup)
-        seconds = [seconds for seconds, _ in readings[setup]]
-        results.append(Result(setup, seconds, peak, of_batch, fits, head_share(setup)))
+        seconds, share = [reading.seconds for reading in readings[setup]], readings[setup][0].head_share
+        results.append(Result(setup, seconds, share, peak, of_batch, fits))
         print(f"{setup.network}, {setup.method}: {peak / MiB:.0f} MiB", file=sys.stderr, flush=True)
     return results
 
@@ -330,9 +333,7 @@ def draw(results: dict[str, list[Result]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)[:3])
-    parser.add_argument(
-        "--methods", nargs="+", default=[*METHODS, *COMPILED], help="the others are compared to the first"
-    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="the others are compared to the first")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", default="32-true", help="Trainer's")
     parser.add_argument("--batch-size", type=int, help="by default one that suits a CPU")
