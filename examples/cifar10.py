@@ -139,6 +139,8 @@ def make_module(images: Images, args: argparse.Namespace) -> PreprocessedDGL | P
         options = {"head": args.head, "optimizer": optimizer, "lr_scheduler": drops, "compile": args.compile}
         module = PreprocessedDGL(network, **cuts, example_input=(2, in_channels, *size), **options)
     module.preprocessing = Preprocessing(images[0], augment=args.data != "digits")
+    if args.channels_last:
+        module.to(memory_format=torch.channels_last)  # images follow at the first convolution
     return module
 
 

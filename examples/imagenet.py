@@ -4,7 +4,7 @@
     python examples/imagenet.py --data /data/imagenet --network vgg13_bn --blocks 4
     python examples/imagenet.py --data /data/imagenet --network vgg19_bn --blocks 2 --devices 2     # a block a GPU
     python examples/imagenet.py --data /data/imagenet --network resnet152 --blocks 2 --codec half --devices 2
-    python examples/imagenet.py --synthetic 50 --network resnet152 --blocks 2 --compile   # images/s and memory
+    python examples/imagenet.py --synthetic 50 --network resnet152 --blocks 2 --channels-last   # images/s and memory
 
 The folder holds train/<class>/* and val/<class>/*. The protocol is the paper's: SGD with learning rate 0.1, momentum
 0.9 and weight decay 1e-4, a tenth of the learning rate every 10 epochs, 50 epochs, batch 256, 16-bit mixed precision on
@@ -138,7 +138,7 @@ def make_module(num_classes: int, args: argparse.Namespace) -> Module:
         return MultiStepLR(optimizer, args.drops, 0.1)
 
     top = {"acc": 1, "acc5": min(5, num_classes)}
-    return Module(
+    module = Module(
         torchvision.models.get_model(args.network, num_classes=num_classes),
         num_blocks=1 if args.method == "backprop" else args.blocks,
         example_input=(2, 3, args.image_size, args.image_size),
@@ -149,6 +149,9 @@ def make_module(num_classes: int, args: argparse.Namespace) -> Module:
         compile=args.compile,
         metrics=MetricCollection({k: MulticlassAccuracy(num_classes, n, "micro") for k, n in top.items()}),
     )
+    if args.channels_last:
+        module.to(memory_format=torch.channels_last)  # images follow at the first convolution
+    return module
 
 
 class Throughput(L.Callback):

@@ -50,8 +50,11 @@ def make_codec(args: argparse.Namespace) -> str | VectorQuantizer | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add those that any run has: whether to compile, and where its outcome goes."""
+    """Add those that any run has: how it computes, and where its outcome goes."""
     parser.add_argument("--compile", action="store_true", help="blocks and heads; needs a C++ compiler")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="memory format that many convolutions are faster in"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs"), help="folder for logs, plots and checkpoints")
     parser.add_argument(
         "--wandb", default="disabled", choices=("online", "offline", "disabled"), help="log to Weights & Biases, too"

@@ -275,7 +275,7 @@ def test_imagenet_trains_the_papers_networks(network: str, blocks: str, script: 
 
 def test_imagenet_measures_throughput_without_data(script: Main, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--network", "resnet18", "--blocks", "2", "--image-size", "32", "--batch-size", "2")
-    script("imagenet", "--synthetic", "5", *arguments, "--accelerator", "cpu")
+    script("imagenet", "--synthetic", "5", *arguments, "--accelerator", "cpu", "--channels-last")
     assert re.search(r"\d+ images/s in training, over 2 steps", capsys.readouterr().out)
 
 

@@ -100,6 +100,23 @@ def test_weights_equal_the_plain_loop_bit_for_bit(
             assert torch.equal(head.state_dict()[name], want), name
 
 
+def test_channels_last_holds_from_block_to_block_and_gives_the_same_weights(
+    make_trainer: Callable[..., L.Trainer],
+) -> None:
+    plain = DGLModule(small_cnn(), split_at=CUTS[4], example_input=torch.zeros(2, 3, 8, 8), optimizer=sgd)
+    module = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    handed_on: list[bool] = []
+    for block in list(module.blocks)[1:]:
+        block.register_forward_pre_hook(
+            lambda _, inputs: handed_on.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    for each in (plain, module):  # the images are not channels_last
+        make_trainer(limit_train_batches=4, precision="64-true").fit(each, loader())
+    assert handed_on == [True] * 3 * 4
+    for (name, got), want in zip(module.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9, msg=name)
+
+
 def test_no_gradient_crosses_a_boundary(make_trainer: Callable[..., L.Trainer]) -> None:
     # Only the last block has a loss that depends on anything, so only the last block can have gradients.
     class LastBlockOnly(DGLModule):
