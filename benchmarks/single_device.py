@@ -102,7 +102,7 @@ class Setup:
 
     @property
     def options(self) -> list[str]:
-        return self.method.split("+")[1:]
+        return sorted(self.method.split("+")[1:])
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -315,18 +315,24 @@ def table(results: list[Result]) -> str:
 
 def draw(results: dict[str, list[Result]], path: Path) -> None:
     """Throughput against memory: a panel for each network, a point for each method."""
-    figure = Figure(figsize=(4.2 * len(results), 4), layout="constrained")
+    markers = {"": "o", "channels_last": "s", "compile": "v", "channels_last+compile": "^"}
+    names = list(dict.fromkeys(result.setup.method for own in results.values() for result in own))
+    colours = {base: f"C{i}" for i, base in enumerate(dict.fromkeys(name.partition("+")[0] for name in names))}
+    figure = Figure(figsize=(3.6 * len(results) + 2.4, 3.8), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
+    points = {}
     for axes, (network, own) in zip(panels, results.items(), strict=True):
         for result in own:
+            base, options = result.setup.method.partition("+")[0], "+".join(result.setup.options)
             at = (result.peak / own[0].peak, statistics.median(result.speed_over(own[0])))
-            (dot,) = axes.plot(*at, "o")
-            axes.annotate(result.setup.method, at, xytext=(4, 4), textcoords="offset points", color=dot.get_color())
+            (points[result.setup.method],) = axes.plot(*at, markers[options], color=colours[base], ms=8, alpha=0.8)
         axes.set_title(f"{network}, {own[0].setup.image_size}×{own[0].setup.image_size}")
-        axes.set_xlabel(f"peak memory over backpropagation's, batch {own[0].peak_batch_size}")
-        axes.margins(0.25)
+        axes.set_xlabel(f"peak memory, batch {own[0].peak_batch_size}")
+        axes.set_ylabel(f"samples/s, batch {own[0].setup.batch_size}")
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
-        axes.set_ylabel(f"samples/s over backpropagation's, batch {own[0].setup.batch_size}")
+    figure.supxlabel(f"both over {names[0]}'s", fontsize="medium")
+    figure.legend([points[name] for name in names], names, loc="outside right center")
     figure.savefig(path, dpi=120)
 
 

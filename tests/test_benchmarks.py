@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,18 @@ def test_the_largest_batch_that_fits_is_found_to_within_a_sixteenth(limit: int) 
     assert found <= limit <= found + max(1, found // 16)
     assert found == 0 or found in tried  # not merely reckoned
     assert len(tried) <= 20
+
+
+def test_the_figure_has_a_point_for_every_method(tmp_path: Path) -> None:
+    methods = [*single_device.METHODS, "backprop+compile", "dgl-4+compile+channels_last"]
+    setups = [single_device.Setup("resnet50", method, 8, 224, "cpu", "32-true", 4, 2) for method in methods]
+    for setup in setups:
+        setup.check()
+    results = [single_device.Result(setup, [1.0 + i, 2.0], 0.0, 100 + i, 32, None) for i, setup in enumerate(setups)]
+    single_device.draw({"resnet50": results, "vgg19_bn": results[:1]}, tmp_path / "figure.svg")
+    figure = (tmp_path / "figure.svg").read_text()
+    assert [method for method in methods if f"<!-- {method} -->" not in figure] == []
+    assert figure.count("<!-- vgg19_bn, 224×224 -->") == 1
 
 
 @pytest.mark.parametrize("method", ["dgl-4+fast", "dgl", "greedy-4"])
