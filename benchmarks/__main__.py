@@ -1,6 +1,6 @@
 """Run the benchmarks that this machine can run, one after another, and write one report.
 
-    python -m benchmarks                          # some hours on two cores
+    python -m benchmarks                          # one to two hours on two cores
     python -m benchmarks overhead --repeats 1     # some of them, and only once
     python -m benchmarks --gpu                    # on one GPU, too
 
