@@ -38,6 +38,9 @@ GPU_RUNS = {
 }
 
 
+FAILED = "**Failed**"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(TITLES)}; by default all")
@@ -68,6 +71,8 @@ def main() -> None:
         parts += [f"## On a GPU: {name}", run("single_device", how, args.output / f"{name}.md")]
         parts.append(f"![{name}]({figure.name})")
     publish("\n\n".join(parts), args.output / "report.md")
+    if any(FAILED in part for part in parts):
+        raise SystemExit(1)
 
 
 def run(name: str, options: list[str], output: Path) -> str:
@@ -77,7 +82,7 @@ def run(name: str, options: list[str], output: Path) -> str:
     command = ["-m", f"benchmarks.{name}", *options]
     status = subprocess.run([sys.executable, *command, "--output", str(output)], stdout=subprocess.DEVNULL).returncode
     shown = f"`python {' '.join(command)}`, {(time.monotonic() - began) / 60:.0f} minutes"
-    return f"{shown}\n\n{output.read_text()}" if status == 0 else f"{shown}\n\nFailed with exit status {status}."
+    return f"{shown}\n\n{output.read_text() if status == 0 else f'{FAILED} with exit status {status}.'}"
 
 
 if __name__ == "__main__":

@@ -50,3 +50,14 @@ def test_an_unknown_benchmark_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
         importlib.import_module("benchmarks.__main__").main()
     assert "single_device, overhead, parallel" in (message := capsys.readouterr().err)
     assert "got 'nonsense'" in message
+
+
+def test_a_benchmark_that_fails_is_said_in_the_report_and_by_the_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setitem(main.TITLES, "missing", "One that is not there")
+    monkeypatch.setattr("sys.argv", ["benchmarks", "missing", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        main.main()
+    assert "**Failed** with exit status 1" in (tmp_path / "report.md").read_text()
