@@ -107,8 +107,8 @@ class DGLModule(LightningModule):
         on_nonfinite: what a NaN or infinite local loss does: "raise" :class:`NonFiniteLossError` before any update, or
             "skip" that block's gradients and buffer changes of this batch, counted in ``train/skipped_block{j}``.
         compile: run every block and every head through ``torch.compile``, each by itself, in training and evaluation;
-            weights and checkpoints stay the same. ``forward`` of the whole network is left as it is. It saves memory, but
-            hardly any time on a CPU.
+            weights and checkpoints stay the same. ``forward`` of the whole network is left as it is. On a CPU it saves
+            memory, but hardly any time.
 
     Attributes:
         network: the original object; ``network.state_dict()`` holds plain weights under the original keys.
