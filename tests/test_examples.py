@@ -56,7 +56,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Main]:
     """What a script does, in this process: ``script("cifar10", "--data", "digits")``."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
-    level = logging.getLogger("lightning.pytorch").level
+    level, threads = logging.getLogger("lightning.pytorch").level, torch.get_num_threads()
 
     def main(name: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
@@ -64,6 +64,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Main]:
 
     yield main
     logging.getLogger("lightning.pytorch").setLevel(level)
+    torch.set_num_threads(threads)
 
 
 def test_a_comparison_goes_on_where_it_was_interrupted_and_its_runs_can_be_repeated(
@@ -305,9 +306,9 @@ def test_dni_equals_a_plain_loop(script: Main, make_trainer: Callable[..., L.Tra
         assert torch.allclose(network.state_dict()[name], value, atol=1e-6), name
 
 
-def test_slow_link_shows_what_each_codec_sends(tmp_path: Path) -> None:
-    done = run("slow_link.py", tmp_path, "--epochs", "1", "--blocks", "2", "--accelerator", "cpu")
-    assert done.returncode == 0, done.stderr
-    smaller = {line.split("│")[1].strip(): line.split("│")[3] for line in done.stdout.splitlines() if "│" in line}
+def test_slow_link_shows_what_each_codec_sends(script: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    script("slow_link", "--epochs", "1", "--blocks", "2", "--accelerator", "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    smaller = {line.split("│")[1].strip(): line.split("│")[3] for line in lines if "│" in line}
     assert (float(smaller["raw"]), float(smaller["half"])) == (1, 2)
     assert 2 < float(smaller["256 codes of 4"]) < float(smaller["256 codes of 8"])

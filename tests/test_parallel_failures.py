@@ -101,7 +101,7 @@ def test_error_on_a_later_rank_is_shown_by_rank_0(
 
 
 def test_error_on_rank_0_is_its_own(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
-    start(job, "popen", 2, fault="raise", on=0)
+    start(job, "hand", 2, fault="raise", on=0)
     outcome = job.wait()
     assert_all_ended(outcome)
     assert messages(outcome) == []
@@ -111,7 +111,7 @@ def test_error_on_rank_0_is_its_own(job: Job, undisturbed: tuple[Job, Outcome]) 
     assert_checkpoint_is_whole(job, undisturbed)
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["hand", "spawn"])
 def test_error_on_a_rank_is_raised_by_fit_in_the_process_that_has_started_it(
     start_method: str, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
@@ -300,7 +300,7 @@ def test_torchrun_restarts_a_crashed_job_which_goes_on_from_its_last_checkpoint(
     assert outcome.weights == undisturbed[1].weights * 2, str(outcome)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("popen", 0), ("hand", 1)])
+@pytest.mark.parametrize(("how", "rank"), [("fork", 0), ("hand", 1)])
 def test_saving_a_checkpoint_after_a_failure_is_refused(
     how: str, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
