@@ -111,7 +111,7 @@ def test_error_on_rank_0_is_its_own(job: Job, undisturbed: tuple[Job, Outcome]) 
     assert_checkpoint_is_whole(job, undisturbed)
 
 
-@pytest.mark.parametrize("start_method", ["hand", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_error_on_a_rank_is_raised_by_fit_in_the_process_that_has_started_it(
     start_method: str, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
