@@ -284,6 +284,8 @@ class Job:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell lets what it starts in the background ignore interrupts, and that is inherited.
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
 
         def wait(seconds: float) -> int | None:

@@ -173,7 +173,7 @@ def test_rank_0_that_is_killed(job: Job, undisturbed: tuple[Job, Outcome]) -> No
     assert_checkpoint_is_whole(job, undisturbed)
 
 
-@pytest.mark.parametrize(("how", "devices", "rank"), [("popen", 2, 0), ("hand", 3, 1), ("fork", 2, 1)])
+@pytest.mark.parametrize(("how", "devices", "rank"), [("hand", 2, 0), ("hand", 3, 1), ("fork", 2, 1)])
 def test_rank_that_hangs_is_found_and_shown_with_what_it_does(
     how: str, devices: int, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
