@@ -38,9 +38,6 @@ GPU_RUNS = {
 }
 
 
-FAILED = "**Failed**"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(TITLES)}; by default all")
@@ -54,35 +51,37 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     repeats = [] if args.repeats is None else ["--repeats", str(args.repeats)]
 
-    parts = ["# Benchmarks"]
-    for name in args.names or TITLES:
-        parts.append(f"## {TITLES[name]}")
-        if name == "slow_link" and os.geteuid() != 0:
+    # Title, benchmark, its options, and what its files are called.
+    runs: list[tuple[str, str, tuple[str, ...], str]] = [
+        (TITLES[name], name, (), name) for name in args.names or TITLES
+    ]
+    if args.gpu:
+        runs += [(f"On a GPU: {n}", "single_device", (*ON_GPU, *options), n) for n, options in GPU_RUNS.items()]
+
+    parts, has_failed = ["# Benchmarks"], False
+    for title, benchmark, options, name in runs:
+        parts.append(f"## {title}")
+        if benchmark == "slow_link" and os.geteuid() != 0:
             parts.append("Left out: this one needs root.")
             continue
-        figure = args.output / f"{name}.png"
-        drawing = ["--figure", str(figure)] if name == "single_device" else []
-        parts.append(run(name, [*repeats, *drawing], args.output / f"{name}.md"))
+        table, figure = args.output / f"{name}.md", args.output / f"{name}.png"
+        drawing = ["--figure", str(figure)] if benchmark == "single_device" else []
+        command = ["-m", f"benchmarks.{benchmark}", *options, *repeats, *drawing]
+        began = time.monotonic()
+        status = subprocess.run(
+            [sys.executable, *command, "--output", str(table)], stdout=subprocess.DEVNULL
+        ).returncode
+        parts.append(f"`python {' '.join(command)}`, {(time.monotonic() - began) / 60:.0f} minutes")
+        if status != 0:
+            parts.append(f"**Failed** with exit status {status}.")
+            has_failed = True
+            continue
+        parts.append(table.read_text())
         if drawing:
-            parts.append(f"![{TITLES[name]}]({figure.name})")
-    for name, options in GPU_RUNS.items() if args.gpu else ():
-        figure = args.output / f"{name}.png"
-        how = [*ON_GPU, *options, *repeats, "--figure", str(figure)]
-        parts += [f"## On a GPU: {name}", run("single_device", how, args.output / f"{name}.md")]
-        parts.append(f"![{name}]({figure.name})")
+            parts.append(f"![{title}]({figure.name})")
     publish("\n\n".join(parts), args.output / "report.md")
-    if any(FAILED in part for part in parts):
+    if has_failed:
         raise SystemExit(1)
-
-
-def run(name: str, options: list[str], output: Path) -> str:
-    """The command of a benchmark, and the tables that it wrote."""
-    output.unlink(missing_ok=True)
-    began = time.monotonic()
-    command = ["-m", f"benchmarks.{name}", *options]
-    status = subprocess.run([sys.executable, *command, "--output", str(output)], stdout=subprocess.DEVNULL).returncode
-    shown = f"`python {' '.join(command)}`, {(time.monotonic() - began) / 60:.0f} minutes"
-    return f"{shown}\n\n{output.read_text() if status == 0 else f'{FAILED} with exit status {status}.'}"
 
 
 if __name__ == "__main__":
