@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -15,12 +16,11 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
-from lightning_dgl.boundaries import Traffic
 from lightning_dgl.codecs import VectorQuantizer
-from lightning_dgl.distributed import Report, Stage
-
-if TYPE_CHECKING:
-    from lightning_dgl.module import DGLModule
+from lightning_dgl.distributed import Report
+from lightning_dgl.links import Traffic
+from lightning_dgl.logs import updates_after
+from lightning_dgl.run import Run
 
 
 class BlockSummary(Callback):
@@ -28,17 +28,17 @@ class BlockSummary(Callback):
 
     For each block: its first and last layer, output shape, parameters, share of the network's forward FLOPs, its
     auxiliary head with the head's FLOPs relative to the block's, and the device, or the ranks that train it. A
-    DGLModule adds it by itself wherever Lightning shows its own ModelSummary (``Trainer(enable_model_summary=...)``).
-    Loggers that keep tables (WandbLogger) are given it as ``blocks``.
+    DGLModule adds this callback wherever Lightning shows its ModelSummary (``Trainer(enable_model_summary=...)``).
+    Loggers that keep tables (WandbLogger) get it as ``blocks``.
     """
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            Console().print(block_table(pl_module))  # type: ignore[arg-type]
+            Console().print(block_table(pl_module))
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    columns, rows = _blocks(pl_module)  # type: ignore[arg-type]
+                    columns, rows = _blocks(pl_module)
                     logger.log_table("blocks", [column.replace("\n", " ") for column in columns], rows)
 
 
@@ -54,7 +54,7 @@ class BlockMonitor(Callback):
     - ``monitor/buffer_batches`` and ``monitor/buffer_bytes``: what its replay buffer holds;
     - ``monitor/drops``: outputs that its successor was too slow to take, and ``monitor/bytes_per_step``: what it sent,
       where its successor is on another rank;
-    - ``monitor/compression``: how much smaller a codec makes what it hands on, targets and headers counted in;
+    - ``monitor/compression``: how many times smaller a codec makes what it sends, targets and headers included;
       ``monitor/encode_share`` and ``monitor/decode_share``: the share of the time that coding takes (on an accelerator,
       of the host's); ``monitor/codebook_perplexity`` and ``monitor/quantization_error``, see
       :class:`~lightning_dgl.VectorQuantizer`.
@@ -77,53 +77,53 @@ class BlockMonitor(Callback):
         self._began = time.monotonic()
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stage: Stage = pl_module.stage  # type: ignore[assignment]
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        run: Run = pl_module.run
         elapsed = time.monotonic() - self._began
-        rows = stage.merge({j: _row(pl_module, stage, j, elapsed) for j in stage.blocks})  # type: ignore[arg-type]
+        rows = run.stage.merge({j: _row(pl_module, run, j, elapsed) for j in run.stage.blocks})
         if trainer.is_global_zero:
-            Console().print(_traffic_table(rows))
+            Console().print(_table(_COLUMNS, [[str(j), *row] for j, row in sorted(rows.items())]))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart(trainer, pl_module)  # type: ignore[arg-type]
+        self._restart(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart(trainer, pl_module)  # type: ignore[arg-type]
+        self._restart(trainer, pl_module)
 
-    def _restart(self, trainer: Trainer, module: DGLModule) -> None:
-        outbox = module.stage.outbox
+    def _restart(self, trainer: Trainer, module: Any) -> None:
+        run: Run = module.run
         self._time, self._step = time.monotonic(), trainer.global_step
         self._samples = [progress.samples for progress in module.progress]
-        self._traffic = [replace(traffic) for traffic in module.boundaries.traffic]
-        self._bytes = 0 if outbox is None else outbox.bytes_sent
+        self._traffic = [replace(link.traffic) for link in run.links]
+        self._bytes = run.outgoing.bytes_sent or 0
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not trainer._logger_connector.should_update_logs or trainer.fit_loop._should_accumulate():
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_due = every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
+        if not is_due or not updates_after(trainer, batch_idx):
             return
-        values = self._measure(trainer, pl_module)  # type: ignore[arg-type]
-        self._restart(trainer, pl_module)  # type: ignore[arg-type]
-        stage: Stage = pl_module.stage  # type: ignore[assignment]
+        values = self._measure(trainer, pl_module)
+        self._restart(trainer, pl_module)
+        stage = pl_module.run.stage
         if stage.is_first:
             for name, value in values.items():
                 pl_module.log(name, value, prog_bar=name == "monitor/age", batch_size=1)
         else:
             stage.report(Report(trainer.global_step - 1, values | {"epoch": trainer.current_epoch}))
 
-    def _measure(self, trainer: Trainer, module: DGLModule) -> dict[str, float]:
-        stage = module.stage
+    def _measure(self, trainer: Trainer, module: Any) -> dict[str, float]:
+        run: Run = module.run
         values: dict[str, float] = {}
         elapsed = max(time.monotonic() - self._time, 1e-9)
-        for j in stage.blocks:
+        for j in run.stage.blocks:
             progress = module.progress[j]
             values[f"updates_block{j}"] = progress.updates
             values[f"samples_per_second_block{j}"] = (progress.samples - self._samples[j]) / elapsed
-            values |= {f"{name}_block{j}": value for name, value in self._coding(module, j, elapsed).items()}
-            buffer = module.schedule.buffers.get(j)
+            values |= {f"{name}_block{j}": value for name, value in self._coding(run, j, elapsed).items()}
+            buffer = run.links[j].buffer
             if buffer is None:
                 continue
             reads = buffer.take_reads()
@@ -135,78 +135,61 @@ class BlockMonitor(Callback):
                     values["age"] = reads.total_age / reads.count
             values[f"buffer_batches_block{j}"] = len(buffer)
             values[f"buffer_bytes_block{j}"] = buffer.nbytes
-        if stage.outbox is not None:
-            last, num_steps = stage.blocks[-1], max(trainer.global_step - self._step, 1)
-            values[f"drops_block{last}"] = stage.outbox.num_dropped
-            values[f"bytes_per_step_block{last}"] = (stage.outbox.bytes_sent - self._bytes) / num_steps
+        if run.outgoing.bytes_sent is not None:
+            last, num_steps = run.stage.blocks[-1], max(trainer.global_step - self._step, 1)
+            values[f"drops_block{last}"] = run.outgoing.num_dropped
+            values[f"bytes_per_step_block{last}"] = (run.outgoing.bytes_sent - self._bytes) / num_steps
         return {f"monitor/{name}": float(value) for name, value in values.items()}
 
-    def _coding(self, module: DGLModule, block: int, elapsed: float) -> dict[str, float]:
-        now, before = module.boundaries.traffic[block], self._traffic[block]
+    def _coding(self, run: Run, block: int, elapsed: float) -> dict[str, float]:
         values: dict[str, float] = {}
-        if now.decode_seconds > before.decode_seconds:
-            values["decode_share"] = (now.decode_seconds - before.decode_seconds) / elapsed
-        if now.batches > before.batches:
-            values["encode_share"] = (now.encode_seconds - before.encode_seconds) / elapsed
-            values["compression"] = (now.raw_bytes - before.raw_bytes) / (now.encoded_bytes - before.encoded_bytes)
-            codec = module.boundaries.codecs[block]
-            if isinstance(codec, VectorQuantizer):
-                values |= {"codebook_perplexity": codec.perplexity, "quantization_error": codec.error}
+        decode_seconds = run.links[block].traffic.decode_seconds - self._traffic[block].decode_seconds
+        if decode_seconds > 0:
+            values["decode_share"] = decode_seconds / elapsed
+        link, before = run.links[block + 1], self._traffic[block + 1]
+        if link.traffic.batches > before.batches:
+            raw, encoded = link.traffic.raw_bytes - before.raw_bytes, link.traffic.encoded_bytes - before.encoded_bytes
+            values["encode_share"] = (link.traffic.encode_seconds - before.encode_seconds) / elapsed
+            values["compression"] = raw / encoded
+            if isinstance(link.codec, VectorQuantizer):
+                values |= {"codebook_perplexity": link.codec.perplexity, "quantization_error": link.codec.error}
         return values
 
 
-def _row(module: DGLModule, stage: Stage, block: int, elapsed: float) -> list[str]:
-    """What a block has done in training that took ``elapsed`` seconds."""
-    progress, traffic = module.progress[block], module.boundaries.traffic[block]
-    is_sent = stage.outbox is not None and block == stage.blocks[-1]
-    coded = (traffic.raw_bytes / traffic.batches, traffic.encoded_bytes / traffic.batches) if traffic.batches else None
+# Tables: as wide as 80 columns allow, without columns that say nothing
+
+_COLUMNS = (
+    *("Block", "Updates", "Samples\nper s", "Output\nMB", "Encoded\nMB", "Ratio", "Encode\ntime", "Decode\ntime"),
+    *("Sent\nMB", "Dropped"),
+)
+
+
+def _row(module: Any, run: Run, block: int, elapsed: float) -> list[str]:
+    """Return what a block has done in training that took ``elapsed`` seconds."""
+    progress, link = module.progress[block], run.links[block + 1]
+    traffic, decode_seconds = link.traffic, run.links[block].traffic.decode_seconds
+    is_coded, is_sent = traffic.batches > 0, link.bytes_sent is not None
     return [
         str(progress.updates),
         f"{progress.samples / elapsed:.0f}",
-        "-" if coded is None else f"{coded[0] / 1e6:.3f}",
-        "-" if coded is None else f"{coded[1] / 1e6:.3f}",
-        "-" if coded is None else f"{coded[0] / coded[1]:.1f}",
-        _percent(traffic.encode_seconds, elapsed) if coded else "-",
-        _percent(traffic.decode_seconds, elapsed) if traffic.decode_seconds else "-",
-        f"{stage.outbox.bytes_sent / 1e6:.1f}" if is_sent and stage.outbox is not None else "-",
-        str(stage.outbox.num_dropped) if is_sent and stage.outbox is not None else "-",
+        f"{traffic.raw_bytes / traffic.batches / 1e6:.3f}" if is_coded else "-",
+        f"{traffic.encoded_bytes / traffic.batches / 1e6:.3f}" if is_coded else "-",
+        f"{traffic.raw_bytes / traffic.encoded_bytes:.1f}" if is_coded else "-",
+        _percent(traffic.encode_seconds, elapsed) if is_coded else "-",
+        _percent(decode_seconds, elapsed) if decode_seconds else "-",
+        f"{(link.bytes_sent or 0) / 1e6:.1f}" if is_sent else "-",
+        str(link.num_dropped) if is_sent else "-",
     ]
 
 
-def _empty_table() -> Table:
-    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold magenta")
+def block_table(module: Any) -> Table:
+    """Return the table that :class:`BlockSummary` prints."""
+    return _table(*_blocks(module), text=("Layers", "Output", "Head", "Ranks", "Device"))
 
 
-def _traffic_table(rows: dict[int, list[str]]) -> Table:
-    table = _empty_table()
-    table.add_column("Block", style="dim")
-    for column in (
-        *("Updates", "Samples/s", "Output\nMB", "Encoded\nMB", "Times\nsmaller", "Encoding\ntime", "Decoding\ntime"),
-        *("Sent\nMB in all", "Dropped"),
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for j, row in sorted(rows.items()):
-        table.add_row(str(j), *row)
-    return table
-
-
-def block_table(module: DGLModule) -> Table:
-    """The table that :class:`BlockSummary` prints."""
-    columns, rows = _blocks(module)
-    table = _empty_table()
-    table.add_column("", style="dim")
-    for column in columns[1:]:
-        is_number = column in ("Params", "FLOPs", "Head\nparams", "Head\nFLOPs")
-        overflow: Any = {"overflow": "fold"} if column == "Layers" else {"no_wrap": True}
-        table.add_column(column, justify="right" if is_number else "left", **overflow)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _blocks(module: DGLModule) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the table of blocks."""
-    ranks = module.ranks_of_blocks()
+def _blocks(module: Any) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of the table of blocks."""
+    ranks = [] if module.run is None else module.run.stage.ranks_of_blocks()
     columns = ["Block", "Layers", "Output", "Params", "FLOPs", "Head", "Head\nparams", "Head\nFLOPs"]
     total = sum(module.block_flops)
     rows = []
@@ -222,6 +205,18 @@ def _blocks(module: DGLModule) -> tuple[list[str], list[list[str]]]:
         flops = _percent(module.block_flops[j], total)
         rows.append([str(j), module.block_names[j], output, _count(block), flops, *head, where])
     return [*columns, "Ranks" if ranks else "Device"], rows
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str] = ()) -> Table:
+    """Return a table of the columns that are not empty; those named in ``text`` may wrap, the others are numbers."""
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold magenta")
+    shown = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
+    for i in shown:
+        style: Any = {"overflow": "fold"} if columns[i] in text else {"justify": "right", "no_wrap": True}
+        table.add_column(columns[i], style="dim" if i == 0 else None, **style)
+    for row in rows:
+        table.add_row(*(row[i] for i in shown))
+    return table
 
 
 def _percent(part: float, whole: float) -> str:

@@ -1,49 +1,37 @@
-"""What a DGLModule asks of its arguments and of each batch; errors name the argument, its value and what to do."""
+"""Checks of arguments, of batches, and of what a Trainer is asked to do.
+
+Errors name the argument, its value and what to do. Whatever is known at the start is checked there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import lightning
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lightning_dgl._version import __version__
+from lightning_dgl.lightning_internals import saves_every_n_train_steps, synchronises_batchnorm
+from lightning_dgl.optim import BlockOptimizer
+from lightning_dgl.schedules import Schedule
 from lightning_dgl.splitting import SplitPoint, in_mode, output_shape, preserved_state
 
 # Arguments
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-
-
-def check_length(name: str, values: Sequence[Any], expected: int, why: str) -> None:
-    """Raise ValueError unless ``values`` has ``expected`` entries."""
-    if len(values) != expected:
-        raise ValueError(f"{name} is a list of {len(values)}, but must have {expected}: {why}.")
-
-
-def one_per_block(name: str, factory: Any, num_blocks: int) -> list[Any]:
-    """``factory``, a callable or a list of callables, as a list with one for each block."""
-    if isinstance(factory, (list, tuple)):
-        check_length(name, factory, num_blocks, "one for each block")
-    factories = list(factory) if isinstance(factory, (list, tuple)) else [factory] * num_blocks
-    for make in factories:
-        if not callable(make):
-            raise TypeError(f"{name} must be a callable (or a list of callables), got {type(make).__name__}.")
-    return factories
-
-
 def number_of_classes(network: nn.Module, example_input: Tensor) -> int:
-    """How many classes ``network`` scores.
+    """Return how many classes ``network`` scores.
 
     Raises:
         ValueError: if it does not return class scores (N, classes), in train and in eval mode.
@@ -100,7 +88,7 @@ def check_head(block: int, head: nn.Module, point: SplitPoint, features: Tensor,
 
 
 def check_batch(batch: Any, batch_idx: int, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """``batch`` as (inputs, targets).
+    """Return ``batch`` as (inputs, targets).
 
     Raises:
         TypeError: if it is not a pair of tensors.
@@ -131,12 +119,150 @@ def check_batch(batch: Any, batch_idx: int, num_classes: int, ignore_index: int 
     return inputs, targets
 
 
-def class_indices(targets: Tensor) -> Tensor:
-    """Targets as metrics take them: class probabilities, as of mixup, count as their most probable class."""
-    return targets.argmax(dim=1) if targets.is_floating_point() else targets
-
-
 def _describe(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
     return type(batch).__name__
+
+
+# What a Trainer is asked to do
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Raise TypeError unless a strategy other than DGLStrategy leaves every block whole on its device."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise TypeError(
+            "DGLModule trains under DGLStrategy, a single-device strategy or DDP, got "
+            f"{type(trainer.strategy).__name__}, which does not leave every block's parameters whole on its device. "
+            "Pass Trainer(strategy='dgl')."
+        )
+
+
+def check_fit(trainer: Trainer, schedule: Schedule) -> None:
+    """Raise TypeError or ValueError for what a Trainer cannot do with blocks that train under ``schedule``."""
+    optimizers = trainer.optimizers
+    if not all(isinstance(optimizer, BlockOptimizer) for optimizer in optimizers):
+        raise TypeError(
+            f"DGLModule needs one optimizer for each block, but configure_optimizers returned "
+            f"{type(optimizers[0]).__name__}. Pass optimizer=... to DGLModule instead of overriding it (with "
+            "LightningCLI: --model.optimizer, not --optimizer)."
+        )
+    on_plateau = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+    if on_plateau and not trainer.enable_validation:
+        raise ValueError(
+            "lr_scheduler is ReduceLROnPlateau, which watches the validation loss, but there is no validation. "
+            "Pass a validation data loader, or another scheduler."
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    accumulates = trainer.accumulate_grad_batches > 1 or any(
+        isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
+    )
+    if schedule.draws_blocks and accumulates:
+        raise ValueError(
+            "accumulate_grad_batches counts batches of data, but with the asynchronous schedule in one process a "
+            "block is updated whenever it is drawn. Pass accumulate_grad_batches=1, or train on several ranks."
+        )
+
+
+def check_has_length(trainer: Trainer) -> None:
+    """Raise ValueError if the training data loader has no length."""
+    if trainer.num_training_batches == float("inf"):
+        raise ValueError(
+            "The training data loader has no length, by which blocks count their epochs. Use a map-style data set, "
+            "or pass limit_train_batches=<number>."
+        )
+
+
+def check_not_empty(trainer: Trainer) -> None:
+    """Raise ValueError if the training data loader had no batch."""
+    if trainer.num_training_batches == 0 and trainer.limit_train_batches != 0:
+        raise ValueError(
+            "The training data loader is empty: it has no batch. Check the data set's length, and that drop_last "
+            "leaves at least one batch."
+        )
+
+
+def check_block_names(saved: list[str], own: list[str]) -> None:
+    """Raise ValueError unless the blocks of a checkpoint are those of a module."""
+    if saved != own:
+        raise ValueError(
+            f"The checkpoint's blocks are {saved}, this module's are {own}. Make the module with split_at so that it "
+            "has the checkpoint's blocks."
+        )
+
+
+# Several ranks
+
+# Ranks that differ in these would wait for each other without end, or train something else.
+_TRAINER_FLAGS = (
+    *("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "num_sanity_val_steps"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    *("val_check_interval", "check_val_every_n_epoch", "log_every_n_steps", "gradient_clip_val"),
+)
+
+
+def fingerprint(
+    module: LightningModule, block_names: list[str], schedule: Schedule, codec: Any, num_replicas: int
+) -> dict[str, Any]:
+    """Map each setting that all ranks must share to its value; keys are the names used in error messages."""
+    return {
+        "lightning-dgl": __version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "the list of blocks": block_names,
+        "the network": {name: f"{tuple(p.shape)}, {p.dtype}" for name, p in module.named_parameters()},
+        "schedule": type(schedule).__name__,
+        "codec": repr(codec),
+        "data_parallel_size": num_replicas,
+    } | {f"Trainer({flag})": getattr(module.trainer, flag) for flag in _TRAINER_FLAGS}
+
+
+def check_same(fingerprints: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    """Raise ValueError unless all ranks, called ``names``, have the same fingerprint; on each of them alike."""
+    first = fingerprints[0]
+    for name, other in zip(names, fingerprints, strict=True):
+        for what, value in other.items():
+            if value != first[what]:
+                theirs, ours = _first_difference(value, first[what])
+                raise ValueError(
+                    f"The ranks were started differently: {what} is {theirs} on {name}, and {ours} on {names[0]}. "
+                    "Start every rank with the same script, arguments and versions (and where blocks are balanced by "
+                    "measured time, pass the outcome as split_at)."
+                )
+
+
+def _first_difference(value: Any, other: Any) -> tuple[Any, Any]:
+    """Return what to show of two values that differ: of dicts, the first entry that does."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        key = next(key for key in [*value, *other] if value.get(key) != other.get(key))
+        return tuple(f"{key}: {values[key]}" if key in values else f"without {key}" for values in (value, other))  # type: ignore[return-value]
+    return value, other
+
+
+def check_ranks(trainer: Trainer, is_split: bool, is_replicated: bool) -> None:
+    """Raise ValueError for what the Trainer is asked to do but cannot, with several stages or replicas."""
+    if is_replicated and synchronises_batchnorm(trainer):
+        raise ValueError(
+            "sync_batchnorm=True is not supported with data_parallel_size > 1: BatchNorm counts what its own replica "
+            "sees. Pass sync_batchnorm=False."
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks if is_split else ():
+        name = type(callback).__name__
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            raise ValueError(
+                f"{name} averages the weights of the whole network, of which each rank trains some blocks only. Train "
+                "on one device, or without it."
+            )
+        if isinstance(callback, BasePredictionWriter) and callback.interval.on_batch:
+            raise ValueError(
+                f"{name} writes predictions batch by batch, but rank 0 has them at the end. Pass "
+                "write_interval='epoch'."
+            )
+        monitored = callback.monitor if isinstance(callback, ModelCheckpoint) else None
+        if (monitored or "").startswith("train/") and (steps := saves_every_n_train_steps(callback)):
+            raise ValueError(
+                f"ModelCheckpoint monitors {monitored!r} every {steps} steps, but ranks know each other's training "
+                "values at the end of an epoch. Monitor a val/ metric, or pass save_on_train_epoch_end=True instead "
+                "of every_n_train_steps."
+            )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_dgl.checks import check_at_least
+from lightning_dgl._arguments import check_at_least
 from lightning_dgl.nearest import nearest, nearest_compiled
 
 VERSION = 1

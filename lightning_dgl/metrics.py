@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_dgl.checks import class_indices
-from lightning_dgl.local_step import LocalStep
+
+def class_indices(targets: Tensor) -> Tensor:
+    """Return targets as metrics take them, (N,): class probabilities, as of mixup, count as the most probable class."""
+    return targets.argmax(dim=1) if targets.is_floating_point() else targets
 
 
 def metric_collection(
     metrics: Metric | MetricCollection | None, num_classes: int, ignore_index: int | None
 ) -> MetricCollection:
-    """What is measured for each block: by default top-1 accuracy as ``acc``.
+    """Return what is measured for each block: by default top-1 accuracy as ``acc``.
 
     A collection keeps its own names; a single metric is named after its class, an accuracy ``acc``.
     """
@@ -32,7 +34,7 @@ def metric_collection(
 
 
 def add_vote(votes: Tensor | None, block: int, scores: Tensor) -> Tensor:
-    """The paper's ensemble up to ``block``: Σ_j 2^j softmax(scores of block j), each over (N, classes).
+    """Return the paper's ensemble up to ``block``: Σ_j 2^j softmax(scores of block j), each over (N, classes).
 
     Args:
         votes: the sum up to the block before; None before block 0.
@@ -44,12 +46,12 @@ def add_vote(votes: Tensor | None, block: int, scores: Tensor) -> Tensor:
 
 
 def ensemble(votes: Tensor, num_blocks: int) -> Tensor:
-    """Class probabilities (N, classes) of the ensemble, from the votes of all J blocks."""
+    """Return class probabilities (N, classes) of the ensemble, from the votes of all J blocks."""
     return votes / (2.0**num_blocks - 1)
 
 
 def is_headline(name: str) -> bool:
-    """Whether a value is named as the last block's, without the suffix of a block or of the ensemble."""
+    """Return whether a value is named as the last block's, without the suffix of a block or of the ensemble."""
     return re.search(r"_(block\d+|ensemble)(/|$)", name) is None
 
 
@@ -71,17 +73,21 @@ class BlockMetrics(nn.Module):
         self.losses = {j: MeanMetric() for j in blocks}
         self.blocks = {j: metrics.clone() for j in blocks}
         self.ensemble = metrics.clone() if num_blocks - 1 in blocks else None
-        # so that they move between devices
+        # Registered, so that they move between devices.
         self._registered = nn.ModuleList(
             [*self.losses.values(), *self.blocks.values(), *([] if self.ensemble is None else [self.ensemble])]
         )
 
-    def batch_values(self, steps: Mapping[int, LocalStep]) -> dict[str, Tensor]:
-        """Values of one local step alone, of the blocks that ``steps`` holds by number; the ensemble's left out."""
+    def batch_values(self, steps: Mapping[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Return the values of one local step, without the ensemble's.
+
+        Args:
+            steps: by block, its local loss (a scalar), class scores (N, classes) and targets.
+        """
         return self._named(
             {
-                j: {"loss": step.loss, **self.blocks[j](step.scores, class_indices(step.targets))}
-                for j, step in steps.items()
+                j: {"loss": loss, **self.blocks[j](scores, class_indices(targets))}
+                for j, (loss, scores, targets) in sorted(steps.items())
             }
         )
 
@@ -96,7 +102,7 @@ class BlockMetrics(nn.Module):
             self.ensemble.update(ensemble(votes, self.num_blocks), targets)
 
     def compute(self) -> dict[str, Tensor]:
-        """The values over everything taken in."""
+        """Return the values over everything taken in."""
         values = self._named({j: {"loss": self.losses[j].compute(), **self.blocks[j].compute()} for j in self.blocks})
         if self.ensemble is not None:
             values |= {f"{name}_ensemble": value for name, value in self.ensemble.compute().items()}
@@ -105,3 +111,28 @@ class BlockMetrics(nn.Module):
     def _named(self, blocks: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         named = {f"{name}_block{j}": value for j, values in blocks.items() for name, value in values.items()}
         return {**blocks.get(self.num_blocks - 1, {}), **named}
+
+
+class EpochMetrics:
+    """The metrics of this rank's blocks for each phase and data loader, made when they are first needed.
+
+    Args:
+        make: makes the :class:`BlockMetrics` of one phase and data loader.
+    """
+
+    def __init__(self, make: Callable[[], BlockMetrics]) -> None:
+        self._make = make
+        self._metrics: dict[tuple[str, int], BlockMetrics] = {}
+
+    def of(self, phase: str, dataloader_idx: int = 0) -> BlockMetrics:
+        """Return the metrics of ``phase`` ("train", "val" or "test")."""
+        key = phase, dataloader_idx
+        if key not in self._metrics:
+            self._metrics[key] = self._make()
+        return self._metrics[key]
+
+    def pop(self, phase: str) -> dict[int, BlockMetrics]:
+        """Return the metrics of ``phase`` by data loader, and forget them."""
+        found = {loader: own for (name, loader), own in sorted(self._metrics.items()) if name == phase}
+        self._metrics = {key: own for key, own in self._metrics.items() if key[0] != phase}
+        return found

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -88,6 +88,13 @@ class BlockOptimizer(Optimizer):
     @override
     def state(self) -> _States:  # type: ignore[override]
         return _States(self.optimizers)
+
+    def trained_parameters(self) -> list[list[nn.Parameter]]:
+        """Return, for each block, the parameters that its optimizer updates."""
+        return [
+            [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            for optimizer in self.optimizers
+        ]
 
     @override
     @Optimizer.profile_hook_step

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dgl.checks import check_at_least
+from lightning_dgl._arguments import check_at_least
 from lightning_dgl.codecs import Message
 
 

@@ -1,58 +1,50 @@
-"""Schedules: which block takes its local step when, and on what."""
+"""Schedules: which block takes its local step when.
+
+A schedule yields block numbers, and knows nothing of networks or links: ``turns`` of three blocks, batch by batch::
+
+    Synchronous                      Asynchronous in one process            Sequential (epoch of block 1)
+    0 1 2 | 0 1 2 | 0 1 2 | ...      0 1 2 | 0 1 2 | 0 2 1 1 | 0 | ...      0 1 | 0 1 | 0 1 | ...
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_dgl.checks import check_at_least
-from lightning_dgl.codecs import Activation
+from lightning_dgl._arguments import check_at_least
 from lightning_dgl.replay import ReplayBuffer
-
-LocalStep = Callable[[int, Activation, Tensor], Activation]
-"""``(block, inputs, targets) -> output``: trains one block and returns its detached output, encoded if it is to be."""
 
 
 class Schedule:
-    """What a batch of data sets in motion; the base of all schedules.
+    """The base of all schedules.
 
     Attributes:
-        buffers: the replay buffer that a block reads from, by block, of those that this process holds.
-        draws_blocks: whether blocks are drawn, so that one batch of data makes some step several times, some not at
-            all.
+        draws_blocks: whether blocks are drawn, so that one batch of data makes some step several times, others not at
+            all, each on what its replay buffer holds.
         counts_own_epochs: whether a block's epochs, and with them its learning rate, go by its own updates.
-        only_block: the one block that trains now; None: all do.
+        may_drop: whether a stage drops outputs that the next stage is too slow to take, rather than wait for it.
     """
 
-    buffers: Mapping[int, ReplayBuffer] = {}
     draws_blocks = False
     counts_own_epochs = False
-    only_block: int | None = None
+    may_drop = False
 
     def num_epochs(self, max_epochs: int | None, num_blocks: int) -> int | None:
-        """How many epochs Lightning is to train, where ``Trainer(max_epochs)`` is ``max_epochs``; here: as many.
+        """Return how many epochs to train for; by default ``max_epochs``.
 
         Raises:
-            ValueError: if these are too few.
+            ValueError: if ``max_epochs`` does not suit the schedule.
         """
         return max_epochs
-
-    def start_step(self, epoch: int) -> None:
-        """Prepare for a step of Lightning's epoch ``epoch``, counting from 0."""
-
-    def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
-        """Whether a block that has taken ``updates`` local steps only passes on its output from now on."""
-        return False
 
     def start(self, blocks: range, num_blocks: int, seed: int) -> None:
         """Prepare for a run.
 
         Args:
-            blocks: those that this process holds.
+            blocks: the consecutive blocks of this process.
             num_blocks: J, of all processes.
             seed: of whatever is drawn at random.
 
@@ -60,20 +52,42 @@ class Schedule:
             ValueError: if the schedule does not fit the blocks.
         """
 
-    def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
-        """Take the local steps that one batch calls for, of the consecutive ``blocks`` that this process holds.
+    def turns(self, blocks: range, epoch: int) -> Iterator[int]:
+        """Yield the blocks whose turn it is during one batch of data; by default each of ``blocks`` once, in order.
 
-        Here: one of each, in order, on ``inputs`` and what its predecessor makes of them.
+        Args:
+            blocks: the consecutive blocks of this process.
+            epoch: the Trainer's epoch, from 0.
         """
-        for block in blocks:
-            inputs = local_step(block, inputs, targets)
+        yield from blocks
+
+    def is_finished(self, block: int, epoch: int, updates: int, batches_per_epoch: float) -> bool:
+        """Return whether a block that has taken ``updates`` local steps only passes on its output from now on."""
+        return False
+
+    def only_block(self, epoch: int) -> int | None:
+        """Return the one block that trains in ``epoch``; None if all do."""
+        return None
+
+    def new_buffer(self) -> ReplayBuffer | None:
+        """Make a replay buffer for a block to train from; None if blocks train on what comes, as it comes."""
+        return None
+
+    def may_read(self, lead: int, is_exhausted: bool) -> bool:
+        """Return whether a stage may train on its replay buffer now rather than wait for the stage before it.
+
+        Args:
+            lead: how many batches the stage is ahead of the newest one in the buffer, within the epoch.
+            is_exhausted: whether every batch in the buffer was used as often as allowed.
+        """
+        return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return what a checkpoint keeps of the schedule."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned."""
 
 
 class Synchronous(Schedule):
@@ -124,6 +138,8 @@ class Asynchronous(Schedule):
         ValueError: for an argument that does not fit; the message names it, its value and the remedy.
     """
 
+    may_drop = True
+
     def __init__(
         self,
         buffer_size: int = 8,
@@ -152,14 +168,23 @@ class Asynchronous(Schedule):
         self.slowdown = dict(slowdown or {})
         self.max_lead = 4 * buffer_size if max_lead is None else max_lead
         self.epochs_per_block = epochs_per_block
-        self.buffers: dict[int, ReplayBuffer] = {}
         self._num_warm_up = 0
         self._weights: list[float] = []
         self._generator: torch.Generator | None = None
 
     @override
-    def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
+    def is_finished(self, block: int, epoch: int, updates: int, batches_per_epoch: float) -> bool:
         return self.epochs_per_block is not None and updates >= self.epochs_per_block * batches_per_epoch
+
+    @override
+    def new_buffer(self) -> ReplayBuffer:
+        return ReplayBuffer(self.buffer_size, self.max_reuse)
+
+    @override
+    def may_read(self, lead: int, is_exhausted: bool) -> bool:
+        # The stage before this one may already wait for it at the next place where all ranks meet. So a stage that is
+        # not ahead never waits for another batch, even if those that it has are used up.
+        return lead <= self.max_lead and (lead <= 0 or not is_exhausted)
 
     @override
     def start(self, blocks: range, num_blocks: int, seed: int) -> None:
@@ -174,38 +199,24 @@ class Asynchronous(Schedule):
                 f"slowdown={self.slowdown} simulates slow blocks in one process; on several ranks their real speeds "
                 "decide. Leave it out, or train with devices=1."
             )
-        reading = blocks if self.draws_blocks else blocks[:1]
-        self.buffers = {j: ReplayBuffer(self.buffer_size, self.max_reuse) for j in reading if j > 0}
         self._num_warm_up = 2
         self._weights = [1 / self.slowdown.get(j, 1) for j in range(num_blocks)]
         self._generator = torch.Generator().manual_seed(seed % 2**63)
 
     @override
-    def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
+    def turns(self, blocks: range, epoch: int) -> Iterator[int]:
         if not self.draws_blocks:
-            super().step(local_step, blocks, inputs, targets)
-            return
-
-        def train(block: int, x: Activation, y: Tensor) -> None:
-            output = local_step(block, x, y)
-            if block + 1 in self.buffers:
-                self.buffers[block + 1].put(output, y)
-
-        def replay(block: int) -> None:
-            if not self.buffers[block].is_exhausted:
-                train(block, *self.buffers[block].get())
-
-        train(blocks[0], inputs, targets)
-        if self._num_warm_up > 0:
+            yield from blocks
+        elif self._num_warm_up > 0:
             self._num_warm_up -= 1
-            for block in blocks[1:]:
-                replay(block)
+            yield from blocks
         else:
+            yield blocks[0]
             while (block := self.next_block()) != 0:
-                replay(block)
+                yield block
 
     def next_block(self) -> int:
-        """The block whose turn it is next, in one process; override it for another order than a random one."""
+        """Return the block whose turn is next, in one process; override it for another order than a random one."""
         return int(torch.multinomial(torch.tensor(self._weights), 1, generator=self._generator))
 
     @override
@@ -236,7 +247,6 @@ class Sequential(Schedule):
     """
 
     counts_own_epochs = True
-    only_block: int = 0
 
     def __init__(self, epochs_per_block: int | None = None) -> None:
         if epochs_per_block is not None:
@@ -267,23 +277,23 @@ class Sequential(Schedule):
         return needed
 
     @override
-    def start_step(self, epoch: int) -> None:
-        self.only_block = min(epoch // self._epochs_each, self._num_blocks - 1)
+    def only_block(self, epoch: int) -> int:
+        return min(epoch // self._epochs_each, self._num_blocks - 1)
 
     @override
-    def has_finished(self, block: int, updates: int, batches_per_epoch: float) -> bool:
-        return block < self.only_block
+    def turns(self, blocks: range, epoch: int) -> Iterator[int]:
+        yield from blocks[: self.only_block(epoch) + 1]
 
     @override
-    def step(self, local_step: LocalStep, blocks: range, inputs: Activation, targets: Tensor) -> None:
-        super().step(local_step, blocks[: self.only_block + 1], inputs, targets)
+    def is_finished(self, block: int, epoch: int, updates: int, batches_per_epoch: float) -> bool:
+        return block < self.only_block(epoch)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"sync": Synchronous, "async": Asynchronous, "sequential": Sequential}
 
 
 def make_schedule(schedule: str | Schedule) -> Schedule:
-    """The schedule that ``schedule`` names or is.
+    """Return the schedule that ``schedule`` names or is.
 
     Raises:
         ValueError: if there is no schedule of that name.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
@@ -14,13 +13,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.distributed import _init_dist_connection, _sync_ddp_if_available
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -33,27 +30,37 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgl.boundaries import Boundaries, make_codecs
-from lightning_dgl.checks import check_at_least, check_choice
+from lightning_dgl._arguments import check_at_least, check_choice
+from lightning_dgl.checks import check_ranks, check_same, fingerprint
 from lightning_dgl.distributed import (
     AGREED,
     DistributedStage,
     Groups,
-    Replay,
+    Inbox,
+    Outbox,
+    Process,
+    ReplayInbox,
     Stage,
-    StageBatch,
     StageLoader,
     StatefulStageLoader,
+    Token,
     Watchdog,
-    assign_blocks,
     blocks_in_words,
     this_process,
 )
 from lightning_dgl.distributed.launcher import RankLauncher
-from lightning_dgl.distributed.signals import take_over
+from lightning_dgl.lightning_internals import (
+    SubprocessScriptLauncher,
+    init_process_group,
+    reduce_tensor,
+    set_predictions,
+    take_over,
+)
+from lightning_dgl.links import make_codecs
 from lightning_dgl.module import DGLModule
-from lightning_dgl.preconditions import check_same, check_trainer, fingerprint
-from lightning_dgl.schedules import Asynchronous, Schedule, Sequential, make_schedule
+from lightning_dgl.run import Run
+from lightning_dgl.schedules import Schedule, Sequential, make_schedule
+from lightning_dgl.splitting import assign_blocks
 
 
 class DGLStrategy(ParallelStrategy):
@@ -67,11 +74,11 @@ class DGLStrategy(ParallelStrategy):
     Args:
         schedule: "sync", "async", "sequential", or a schedule such as :class:`~lightning_dgl.Asynchronous`: which block
             steps when.
-        codec: None, "half", a :class:`~lightning_dgl.VectorQuantizer`, or a list with one of these for each boundary:
-            what makes the output of a block smaller that the next one trains on, wherever that is.
+        codec: None, "half", a :class:`~lightning_dgl.VectorQuantizer`, or a list with one of these for each link: makes
+            smaller what a block sends to the next one in training, wherever that is.
         data_parallel_size: R, how many replicas of every stage there are; ranks = R × stages.
         prefetch: how many batches a stage may receive ahead of the one it works on.
-        timeout: how long a rank may keep others waiting before the run is ended; a timedelta, or seconds.
+        timeout: how long a rank may keep others waiting before the run ends; a timedelta, or seconds.
         start_method: how Lightning starts the processes: "popen" runs the script once for each rank; "spawn", "fork"
             and "forkserver" need no script (notebooks: "fork"). Under torchrun or SLURM they are started already.
         process_group_backend: by default gloo on CPU; NCCL for CUDA tensors, gloo for everything else.
@@ -82,8 +89,8 @@ class DGLStrategy(ParallelStrategy):
         precision_plugin: set by the Trainer.
 
     Attributes:
-        stage: which blocks this rank holds, while a Trainer runs; None otherwise.
-        boundaries: the codecs between blocks, and what they have made; those that follow this rank's blocks are in use.
+        run: while a Trainer runs, the blocks of this rank, their links with codecs, traffic and buffers, and the
+            schedule; the module has it, too.
 
     Raises:
         ValueError: for an argument that does not fit; the message names it, its value and the remedy.
@@ -117,9 +124,9 @@ class DGLStrategy(ParallelStrategy):
             precision_plugin=precision_plugin,
         )
         self.schedule = make_schedule(schedule)
-        self.boundaries: Boundaries | None = None
+        self.run: Run | None = None
         self._codec = codec
-        make_codecs(codec, len(codec) if isinstance(codec, list) else 1)  # to refuse what it cannot be now
+        make_codecs(codec, len(codec) if isinstance(codec, list) else 1)  # raises for what cannot be a codec
         for name, value in (("data_parallel_size", data_parallel_size), ("prefetch", prefetch)):
             check_at_least(name, value, 1)
         check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
@@ -128,7 +135,6 @@ class DGLStrategy(ParallelStrategy):
             raise ValueError(f"timeout must be positive, got {timeout!r}.")
         self.data_parallel_size = data_parallel_size
         self.num_nodes = 1  # set by the Trainer
-        self.stage: Stage | None = None
         self._prefetch = prefetch
         self._start_method = start_method
         self._process_group_backend = process_group_backend
@@ -182,7 +188,7 @@ class DGLStrategy(ParallelStrategy):
             )
         assert self.cluster_environment is not None
         if self._start_method == "popen":
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = RankLauncher(self, self._start_method, self.fail, self._name_of_process)
 
@@ -201,28 +207,27 @@ class DGLStrategy(ParallelStrategy):
         return self.lightning_module
 
     @property
-    def _distributed_stage(self) -> DistributedStage | None:
-        return self.stage if isinstance(self.stage, DistributedStage) else None
+    def _stage(self) -> Stage:
+        """Return the stage of this rank; outside of a run, one without other ranks."""
+        return Stage(range(0)) if self.run is None else self.run.stage
 
     # The start
 
     @override
     def setup_environment(self) -> None:
-        if self._num_ranks == 1:
-            super().setup_environment()
-            self.stage = Stage(range(self._module.num_blocks))
-            self._prepare_blocks(self.stage.blocks)
-            return
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self._num_ranks)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if self._num_ranks > 1:
+            assert self.cluster_environment is not None
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self._num_ranks)
+            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         super().setup_environment()
-        self._connect_ranks()
+        if self._num_ranks == 1:
+            self._start_run(Stage(range(self._module.num_blocks)))
+        else:
+            self._connect_ranks()
 
-    def _prepare_blocks(self, blocks: range) -> None:
-        self.boundaries = Boundaries(self._codec, self._module.block_names)
-        self.schedule.start(blocks, self._module.num_blocks, torch.initial_seed())
+    def _start_run(self, stage: Stage, **ends: Any) -> None:
+        self.run = self._module.start_run(stage, self.schedule, self._codec, **ends)
         if self.schedule.draws_blocks and self.data_parallel_size > 1:
             raise ValueError(
                 f"The asynchronous schedule simulates slow blocks in one process, without replicas, but "
@@ -255,9 +260,23 @@ class DGLStrategy(ParallelStrategy):
         return self._rank_names()[self.node_rank * self.num_processes + local_rank]
 
     def _connect_ranks(self) -> None:
-        device, module = self.root_device, self._module
+        backend = self._init_process_group()
+        processes = self._check_alike()
+        if self._groups is None:
+            self._groups = Groups.make(
+                self._num_ranks, self.data_parallel_size, self.root_device.type, backend, self._timeout
+            )
+        watchdog = self._start_watchdog(processes)
+        stage = DistributedStage(self._assignment(), self._groups, dist.distributed_c10d._get_default_store(), watchdog)
+        self._start_run(stage, **self._open_wires(stage))
+        take_over(self._module.trainer)
+        check_ranks(self._module.trainer, stage.is_split, stage.is_replicated)
+
+    def _init_process_group(self) -> str:
+        """Connect all ranks; return the backend."""
+        device = self.root_device
         backend = self._process_group_backend or ("gloo" if device.type == "cpu" else "nccl")
-        if backend != "gloo" and ":" not in backend:  # what ranks tell each other is in the host's memory
+        if backend != "gloo" and ":" not in backend:  # ranks also exchange what is in the host's memory
             backend = f"cpu:gloo,{device.type}:{backend}"
         options: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
         # A rank may take longer to start than it may keep others waiting afterwards.
@@ -267,58 +286,64 @@ class DGLStrategy(ParallelStrategy):
             store, _, _ = next(rendezvous("env://", self.global_rank, self._num_ranks, timeout=options["timeout"]))
             options["store"] = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, backend, **options)
-        names = self._rank_names()
-        mine = (fingerprint(module, self.schedule, self._codec, self.data_parallel_size), this_process())
+        init_process_group(self.cluster_environment, backend, **options)
+        return backend
+
+    def _check_alike(self) -> list[Process]:
+        """Check that ranks were started alike, before any that differ wait for each other; return where they run."""
+        names = self._module.block_names
+        mine = fingerprint(self._module, names, self.schedule, self._codec, self.data_parallel_size)
         everyones: list[Any] = [None] * self._num_ranks
-        dist.all_gather_object(everyones, mine)  # before ranks that differ make groups that differ, and hang
-        check_same([fingerprint for fingerprint, _ in everyones], names)
+        dist.all_gather_object(everyones, (mine, this_process()))
+        check_same([settings for settings, _ in everyones], self._rank_names())
         self._check_stages()
-        assignment = self._assignment()
-        schedule, blocks = self.schedule, assignment[self.global_rank % self._num_stages]
-        self._prepare_blocks(blocks)
-        if self._groups is None:
-            self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
-        store = dist.distributed_c10d._get_default_store()
+        return [process for _, process in everyones]
+
+    def _start_watchdog(self, processes: list[Process]) -> Watchdog:
+        launcher, trainer = self._launcher, self._module.trainer
         watchdog = Watchdog(
-            store.clone(),
+            dist.distributed_c10d._get_default_store().clone(),
             self.global_rank,
-            names,
+            self._rank_names(),
             self._timeout.total_seconds(),
             # Only the first process of a node shows an error, unless Lightning passes on that of each.
-            is_loud=self.local_rank == 0 or isinstance(self._launcher, RankLauncher),
-            received_sigterm=lambda: module.trainer.received_sigterm,
-            children=getattr(self._launcher, "procs", []) if self._start_method == "popen" else [],
+            is_loud=self.local_rank == 0 or isinstance(launcher, RankLauncher),
+            received_sigterm=lambda: trainer.received_sigterm,
+            children=launcher.procs if isinstance(launcher, SubprocessScriptLauncher) else [],
         )
-        self.stage = stage = DistributedStage(
-            assignment,
-            self._groups,
-            device,
-            self._prefetch,
-            Replay(schedule.buffers.get(blocks[0]), schedule.max_lead) if isinstance(schedule, Asynchronous) else None,
-            store.clone(),
-            watchdog,
-        )
-        take_over(module.trainer)
-        # Lightning takes values that are not reduced for ones that differ between ranks; ours are the same on all.
-        warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\('(train|val|test)/.*sync_dist=True")
-        watchdog.processes = [process for _, process in everyones]
-        check_trainer(module.trainer, stage.is_split, stage.is_replicated)
+        watchdog.processes = processes
+        return watchdog
+
+    def _open_wires(self, stage: DistributedStage) -> dict[str, Any]:
+        """Open the wires to the ranks of the previous and the next stage, as arguments of ``make_links``."""
+        topology, schedule = stage.topology, self.schedule
+        ends: dict[str, Any] = {"may_drop": schedule.may_drop}
+        if topology.previous is not None:
+            group = stage.groups.wires[topology.previous, topology.rank]
+            wire = (group, topology.previous, self.root_device, self._prefetch, stage.watchdog)
+            buffer = schedule.new_buffer()
+            ends["inbox"] = (
+                Inbox(*wire) if buffer is None else ReplayInbox(*wire, buffer=buffer, may_read=schedule.may_read)
+            )
+        if topology.next is not None:
+            group = stage.groups.wires[topology.rank, topology.next]
+            ends["outbox"] = Outbox(group, topology.next, self.root_device, 1, stage.watchdog)
+        return ends
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        stage = self._distributed_stage
-        if stage is not None:  # ranks that were not seeded, or did not all load the same weights, start from rank 0's
-            parts = (self._module.network, self._module.heads)
-            stage.broadcast((t for part in parts for t in (*part.parameters(), *part.buffers())), src=0)
+        # Ranks that were not seeded, or did not all load the same weights, start from rank 0's.
+        parts = (self._module.network, self._module.heads)
+        self._stage.broadcast((t for part in parts for t in (*part.parameters(), *part.buffers())), src=0)
         super().setup(trainer)
 
     @override
     def model_to_device(self) -> None:
-        module, stage = self._module, self.stage
-        if self.boundaries is not None:
-            self.boundaries.to(self.root_device)
-        if stage is None or not stage.is_split:
+        module, stage = self._module, self._stage
+        for link in [] if self.run is None else self.run.links:
+            if link.codec is not None:
+                link.codec.to(self.root_device)
+        if not stage.is_split:
             module.to(self.root_device)
             return
         # The other blocks wait in the host's memory, as they were built.
@@ -334,8 +359,8 @@ class DGLStrategy(ParallelStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.data_parallel_size == 1 or self._module.trainer.state.fn != TrainerFn.FITTING:
             return model
-        assert self._distributed_stage is not None
-        replica = _Replica(self._module, self._distributed_stage)
+        assert isinstance(self._stage, DistributedStage)
+        replica = _Replica(self._module, self._stage)
         if not any(p.requires_grad for p in replica.parameters()):
             return model
         device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
@@ -346,8 +371,8 @@ class DGLStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        stage = self._distributed_stage
-        if stage is None:
+        stage = self._stage
+        if not stage.is_open:
             return dataloader
         length = sized_len(dataloader)
         lengths = stage.gather(length)
@@ -361,21 +386,14 @@ class DGLStrategy(ParallelStrategy):
                 f"The data loaders have different lengths, by rank: {lengths} batches. Every rank must have the same "
                 "number; let Lightning deal the data to replicas (use_distributed_sampler=True)."
             )
-        if stage.inbox is None:
+        if stage.is_first:
             return dataloader
         stateful = hasattr(dataloader, "state_dict") and hasattr(dataloader, "load_state_dict")
-        return (StatefulStageLoader if stateful else StageLoader)(self._next_batch, length)
-
-    def _next_batch(self) -> StageBatch:
-        stage, loop = self._distributed_stage, self._module.trainer.fit_loop
-        assert stage is not None
-        if not self._module.trainer.training:
-            return stage.next_batch(None)
-        return stage.next_batch(self._module.address(loop.epoch_loop.batch_progress.current.ready))
+        return (StatefulStageLoader if stateful else StageLoader)(length)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(batch, StageBatch):  # it is there
+        if isinstance(batch, Token):
             return batch
         return super().batch_to_device(batch, device, dataloader_idx)
 
@@ -383,17 +401,15 @@ class DGLStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if not isinstance(self.model, DistributedDataParallel):
             return super().training_step(*args, **kwargs)
-        assert self._distributed_stage is not None
-        collective = self._distributed_stage.watchdog.collective("to start a step with equal buffers")
+        collective = self._stage.collective("to start a step with equal buffers")
         with self.precision_plugin.train_step_context(), collective:
             return self.model(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        stage = self._distributed_stage
-        if stage is None or not stage.is_replicated:
+        if not self._stage.is_replicated:
             return super().backward(closure_loss, *args, **kwargs)
-        with stage.watchdog.collective("to average gradients"):
+        with self._stage.collective("to average gradients"):
             return super().backward(closure_loss, *args, **kwargs)
 
     @override
@@ -404,30 +420,26 @@ class DGLStrategy(ParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().predict_step(*args, **kwargs)
-        stage = self._distributed_stage
-        loop = self._module.trainer.predict_loop
-        callbacks: list[Any] = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        stage, trainer = self._stage, self._module.trainer
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         writes = any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
-        if stage is None or not stage.is_split or not (loop.return_predictions or writes):
+        if not stage.is_split or not (trainer.predict_loop.return_predictions or writes):
             return output
         if stage.is_last:
             dataloader_idx = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
             self._predictions.append((dataloader_idx, move_data_to_device(output, "cpu")))
-        if not loop.batch_progress.is_last_batch:  # type: ignore[attr-defined]
+        if not trainer.predict_loop.batch_progress.is_last_batch:  # type: ignore[attr-defined]
             return output
         predictions, self._predictions = stage.from_last_stage(self._predictions), []
-        for seen in loop._predictions:
-            seen.clear()
-        for dataloader_idx, scores in predictions[:-1]:
-            loop._predictions[dataloader_idx].append(scores)
+        set_predictions(trainer, predictions[:-1])
         return predictions[-1][1]
 
     # Checkpoints
 
     def sync_blocks(self) -> None:
-        """Bring the weights of every block from the rank that trains it to all ranks; all ranks must call it."""
-        stage, module = self._distributed_stage, self._module
-        if stage is None or not stage.is_split:
+        """Copy the weights of every block from the rank that trains it to all ranks; all ranks must call it."""
+        stage, module = self._stage, self._module
+        if not stage.is_split:
             return
         if module.trainer.state.status == TrainerStatus.INTERRUPTED:
             raise RuntimeError(
@@ -445,17 +457,17 @@ class DGLStrategy(ParallelStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = super().optimizer_state(optimizer)
-        stage = self._distributed_stage
-        if stage is not None:
-            blocks: list[Any] = list(state["blocks"])
-            merged = stage.merge_on_rank_0({j: move_data_to_device(blocks[j], "cpu") for j in stage.blocks})
-            return {"blocks": [merged.get(j, other) for j, other in enumerate(blocks)]}  # type: ignore[dict-item]
-        return state
+        stage = self._stage
+        if not stage.is_open:
+            return state
+        blocks: list[Any] = list(state["blocks"])
+        merged = stage.merge_on_rank_0({j: move_data_to_device(blocks[j], "cpu") for j in stage.blocks})
+        return {"blocks": [merged.get(j, other) for j, other in enumerate(blocks)]}  # type: ignore[dict-item]
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        stage = self.stage
-        if stage is not None and stage.is_split:  # the other blocks' states are for the ranks that hold those blocks
+        stage = self._stage
+        if stage.is_split:  # the states of other blocks are for the ranks that hold those blocks
             states = [_without_states(state, keep=stage.blocks) for state in checkpoint["optimizer_states"]]
             checkpoint = {**checkpoint, "optimizer_states": states}
         super().load_optimizer_state_dict(checkpoint)
@@ -468,32 +480,27 @@ class DGLStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        stage = self._distributed_stage
-        if stage is None or group is AGREED or not isinstance(tensor, Tensor):
+        stage = self._stage
+        if not isinstance(stage, DistributedStage) or group is AGREED or not isinstance(tensor, Tensor):
             return tensor
-        with stage.watchdog.collective("to reduce a value"):
-            return _sync_ddp_if_available(tensor, group or stage.groups.everyone, reduce_op=reduce_op)
+        with stage.collective("to reduce a value"):
+            return reduce_tensor(tensor, group or stage.groups.everyone, reduce_op=reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        stage = self._distributed_stage
-        if stage is None:
+        stage = self._stage
+        if not isinstance(stage, DistributedStage):
             return tensor
-        with stage.watchdog.collective("to gather a value"):
+        with stage.collective("to gather a value"):
             return super().all_gather(tensor, group or stage.groups.everyone, sync_grads)
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        stage = self._distributed_stage
-        if stage is not None:
-            stage.meet(f"at the barrier {name!r}")
+        self._stage.meet(f"at the barrier {name!r}")
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        stage = self._distributed_stage
-        if stage is None:
-            return obj
-        return stage.agree(obj, src)
+        return self._stage.agree(obj, src)
 
     # The end
 
@@ -504,21 +511,22 @@ class DGLStrategy(ParallelStrategy):
             self._launcher.kill(signal.SIGKILL)
 
     def fail(self, exception: BaseException) -> BaseException | None:
-        """Tell the other ranks of ``exception`` and leave them; returns the failure, as messages speak of it.
+        """Tell the other ranks of ``exception`` and leave them.
 
-        None if this process was told to end, or there are no other ranks.
+        Returns:
+            The failure that ends the run, as messages tell it; None if this process was told to end, or is alone.
         """
-        stage, self.stage = self._distributed_stage, None
-        if stage is None:
+        run, self.run = self.run, None
+        if run is None or not run.stage.is_open:
             return None
-        stage.watchdog.report(exception)
-        stage.abandon()
-        return None if isinstance(exception, SIGTERMException) else stage.watchdog.failure
+        failure = run.stage.fail(exception)
+        run.abandon()
+        return None if isinstance(exception, SIGTERMException) else failure
 
     @override
     def teardown(self) -> None:
-        if self.stage is not None:
-            self.stage.close()
+        if self.run is not None:
+            self.run.close()
         self.model = self._lightning_module
         super().teardown()
 

@@ -1,29 +1,32 @@
-"""Blocks on several ranks. Knows nothing of networks, and of Lightning's Trainer only in ``signals``.
+"""Blocks on several ranks. Knows nothing of networks.
 
-topology says which rank holds which blocks, groups connects them, link carries activations from one to the next,
-watchdog makes one rank's failure everyone's, and stage puts these together for one rank.
+topology says where a rank stands and connects the ranks, wire carries activations from one to the next, loaders stand
+in for the data of later stages, failures and watchdog make one rank's failure everyone's, and stage puts these together
+for one rank.
 """
 
-from lightning_dgl.distributed.groups import Groups
-from lightning_dgl.distributed.link import Address, Replay, StageBatch, StageLoader, StatefulStageLoader
+from lightning_dgl.distributed.loaders import StageLoader, StatefulStageLoader, Token
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Report, Stage
-from lightning_dgl.distributed.topology import assign_blocks, blocks_in_words
-from lightning_dgl.distributed.watchdog import RankFailedError, Watchdog, this_process
+from lightning_dgl.distributed.topology import Groups, Topology, blocks_in_words
+from lightning_dgl.distributed.watchdog import Process, RankFailedError, Watchdog, this_process
+from lightning_dgl.distributed.wire import Inbox, Outbox, ReplayInbox
 
 __all__ = [
     "AGREED",
-    "Address",
     "DistributedStage",
     "Groups",
+    "Inbox",
+    "Outbox",
+    "Process",
     "RankFailedError",
-    "Replay",
+    "ReplayInbox",
     "Report",
     "Stage",
-    "StageBatch",
     "StageLoader",
     "StatefulStageLoader",
+    "Token",
+    "Topology",
     "Watchdog",
-    "assign_blocks",
     "blocks_in_words",
     "this_process",
 ]

@@ -1,4 +1,4 @@
-"""A stage: the consecutive blocks that one rank trains, and what it exchanges with the other ranks."""
+"""A stage: the consecutive blocks that one rank trains, and what the rank exchanges with the others."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_dgl.codecs import Message
-from lightning_dgl.distributed.groups import Groups
-from lightning_dgl.distributed.link import Address, Inbox, Outbox, Replay, ReplayInbox, StageBatch
+from lightning_dgl.distributed.topology import Groups
 from lightning_dgl.distributed.watchdog import Watchdog
 
 T = TypeVar("T")
 
 
 class AGREED:
-    """In place of a process group: what is logged is the same on every rank already, and needs no reduction."""
+    """Stands in for a process group where a logged value is the same on every rank already and needs no reduction."""
 
 
 class Report(NamedTuple):
@@ -36,41 +34,78 @@ class Report(NamedTuple):
 
 
 class Stage:
-    """All blocks in one process, or in each of Lightning's data-parallel ones: there is nothing to exchange."""
+    """A stage with no other ranks to talk to: all blocks in one process, or in each of Lightning's DDP processes.
+
+    Whatever ranks do together returns here what one rank alone would get.
+
+    Attributes:
+        blocks: the blocks of this rank.
+        is_first: whether it reads the data.
+        is_last: whether it holds the last block.
+        is_split: whether other ranks train other blocks, so that this one's copy of those is out of date.
+        is_open: whether other ranks can still be reached.
+    """
 
     is_first = is_last = True
-    outbox: Outbox | None = None
     is_split = False
-    """Whether other ranks train other blocks, so that this one's copy of the whole network is out of date."""
+    is_open = False
 
     def __init__(self, blocks: range) -> None:
         self.blocks = blocks
 
     @property
     def is_replicated(self) -> bool:
-        """Whether other ranks train the same blocks, and average their gradients."""
+        """Whether other ranks train the same blocks and average their gradients."""
         return dist.is_available() and dist.is_initialized()
 
+    @property
+    def assignment(self) -> Sequence[range]:
+        """The blocks of each stage."""
+        return [self.blocks]
+
     def ranks_of_blocks(self) -> list[list[int]]:
-        """The ranks that train each block; an empty list where that is the only one, or every one."""
+        """Return the ranks that train each block; an empty list where one rank, or every rank, trains all."""
         return []
 
-    def hand_on(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
-        """Send what this stage makes of a batch to the next stage."""
+    # Collectives: all ranks must call them, in the same order
+
+    def collective(self, what: str) -> AbstractContextManager[None]:
+        """Enter a context in which ranks meet ``what`` for; a failure to meet raises the failure behind it."""
+        return nullcontext()
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, on every rank."""
+        return [value]
 
     def merge(self, values: Mapping[T, Any]) -> dict[T, Any]:
-        """The entries of all stages, on every rank; all ranks must call it."""
+        """Return the entries of all stages, on every rank."""
+        return dict(values)
+
+    def merge_on_rank_0(self, values: Mapping[T, Any]) -> dict[T, Any]:
+        """Like :meth:`merge` on rank 0; return ``values`` elsewhere."""
         return dict(values)
 
     def agree(self, value: T, src: int = 0) -> T:
-        """The value of rank ``src``, on every rank; all ranks must call it."""
+        """Return the value of rank ``src``, on every rank."""
         return value
+
+    def from_last_stage(self, value: T) -> T:
+        """Return the value of this replica's last stage, on every stage of the replica."""
+        return value
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks are here; ``what`` they meet for."""
+
+    def broadcast(self, tensors: Iterable[Tensor], src: int) -> None:
+        """Overwrite ``tensors``, on every rank, with those of rank ``src``."""
+
+    # Training values and metrics
 
     def report(self, report: Report) -> None:
         """Send training values to rank 0, without waiting."""
 
     def reports(self) -> Iterator[Report]:
-        """On rank 0: the reports that have arrived since the last call."""
+        """Yield, on rank 0, the reports that have arrived since the last call."""
         return iter(())
 
     def synchronise(self, metrics: nn.Module) -> None:
@@ -82,33 +117,33 @@ class Stage:
         # Metrics have agreed across ranks already; sync_dist only tells Lightning so.
         return {"sync_dist": dist.is_available() and dist.is_initialized()}
 
+    # The end
+
     def close(self) -> None:
-        """Take leave of the other ranks."""
+        """Wait for all ranks and end the watch over them. Collectives still work afterwards."""
+
+    def fail(self, error: BaseException) -> BaseException | None:
+        """Tell the other ranks that this one fails; return the failure that ended the run, if ranks know of one."""
+        return None
+
+    def abandon(self) -> None:
+        """Leave the other ranks after a failure; a rank that has nothing to say about it ends here."""
 
 
 class DistributedStage(Stage):
-    """One rank's blocks, where there are several ranks.
+    """A stage with other ranks to talk to.
 
     Args:
         assignment: the blocks of each stage.
         groups: the ranks, and how they talk to each other.
-        device: this rank's device.
-        prefetch: how many batches to receive ahead.
-        replay: how to train asynchronously; None: every stage trains on every batch, as it comes.
-        store: a connection to the process group's store, used by nobody else.
+        store: a connection to the process group's store that nobody else uses.
         watchdog: through which to wait for other ranks.
     """
 
-    def __init__(
-        self,
-        assignment: Sequence[range],
-        groups: Groups,
-        device: torch.device,
-        prefetch: int,
-        replay: Replay | None,
-        store: Store,
-        watchdog: Watchdog,
-    ) -> None:
+    is_open = True
+    assignment: Sequence[range] = ()
+
+    def __init__(self, assignment: Sequence[range], groups: Groups, store: Store, watchdog: Watchdog) -> None:
         topology = groups.topology
         super().__init__(assignment[topology.stage])
         self.assignment = assignment
@@ -117,20 +152,9 @@ class DistributedStage(Stage):
         self.is_first, self.is_last = topology.previous is None, topology.next is None
         self.is_split = topology.num_stages > 1
         self.watchdog = watchdog
-        self.inbox: Inbox | None = None
-        self._is_asynchronous = replay is not None
         self._store = store
         self._num_sent = 0
         self._num_received = [0] * topology.num_stages
-        if topology.previous is not None:
-            group = groups.links[topology.previous, topology.rank]
-            link = (group, topology.previous, device, prefetch, watchdog)
-            if replay is None or replay.buffer is None:
-                self.inbox = Inbox(*link)
-            else:
-                self.inbox = ReplayInbox(*link, buffer=replay.buffer, max_lead=replay.max_lead)
-        if topology.next is not None:
-            self.outbox = Outbox(groups.links[topology.rank, topology.next], topology.next, device, 1, watchdog)
 
     @property
     @override
@@ -142,73 +166,55 @@ class DistributedStage(Stage):
         columns = self.groups.mesh.mesh.T.tolist()
         return [columns[stage] for stage, blocks in enumerate(self.assignment) for _ in blocks]
 
+    # Collectives
+
     @override
-    def hand_on(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
-        if self.outbox is not None:
-            if self._is_asynchronous and address.phase == RunningStage.TRAINING.value:
-                self.outbox.offer(address, tensors)
-            else:
-                self.outbox.put(address, tensors)
+    def collective(self, what: str) -> AbstractContextManager[None]:
+        return self.watchdog.collective(what)
 
-    def next_batch(self, address: Address | None) -> StageBatch:
-        """What the previous stage sends next; or, with the address of a training batch, what to train on there."""
-        assert self.inbox is not None
-        if isinstance(self.inbox, ReplayInbox) and address is not None:
-            return self.inbox.replay(address)
-        return self.inbox.get()
-
-    # Objects
-
+    @override
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
         everyone: list[Any] = [None] * self.topology.num_ranks
-        with self.watchdog.collective("to exchange values"):
+        with self.collective("to exchange values"):
             dist.all_gather_object(everyone, value, self.groups.everyone)
-        return everyone
-
-    def gather_on_rank_0(self, value: T) -> list[T] | None:
-        """Every rank's value, on rank 0; None on the others."""
-        everyone: list[Any] | None = [None] * self.topology.num_ranks if self.topology.rank == 0 else None
-        with self.watchdog.collective("to gather values on rank 0"):
-            dist.gather_object(value, everyone, group=self.groups.everyone)
         return everyone
 
     @override
     def merge(self, values: Mapping[T, Any]) -> dict[T, Any]:
         return _merged(self.gather(values)[: self.topology.num_stages])
 
+    @override
     def merge_on_rank_0(self, values: Mapping[T, Any]) -> dict[T, Any]:
-        """As :meth:`merge`, on rank 0; elsewhere ``values``."""
-        everyone = self.gather_on_rank_0(values)
+        everyone: list[Any] | None = [None] * self.topology.num_ranks if self.topology.rank == 0 else None
+        with self.collective("to gather values on rank 0"):
+            dist.gather_object(values, everyone, group=self.groups.everyone)
         return dict(values) if everyone is None else _merged(everyone[: self.topology.num_stages])
 
     @override
     def agree(self, value: T, src: int = 0) -> T:
         values = [value]
-        with self.watchdog.collective(f"to learn what rank {src} has"):
+        with self.collective(f"to learn what rank {src} has"):
             dist.broadcast_object_list(values, src, self.groups.everyone)
         return values[0]
 
+    @override
     def from_last_stage(self, value: T) -> T:
-        """The value of this replica's last stage, on every stage of the replica."""
         values = [value]
-        with self.watchdog.collective("to learn what the last stage has"):
+        with self.collective("to learn what the last stage has"):
             dist.broadcast_object_list(values, group=self.groups.block, group_src=self.topology.num_stages - 1)
         return values[0]
 
+    @override
     def meet(self, what: str) -> None:
-        """Wait until all ranks are here; ``what`` they meet for."""
-        with self.watchdog.collective(what):
+        with self.collective(what):
             dist.all_reduce(torch.zeros(1), group=self.groups.everyone)  # not barrier(), which waits for NCCL, too
 
-    # Weights
-
+    @override
     def broadcast(self, tensors: Iterable[Tensor], src: int) -> None:
-        """Overwrite ``tensors``, on every rank, with those of rank ``src``."""
         tensors = [tensor.detach() for tensor in tensors]
         is_source = self.topology.rank == src
         sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-        with self.watchdog.collective(f"to copy weights from rank {src}"), torch.no_grad():
+        with self.collective(f"to copy weights from rank {src}"), torch.no_grad():
             # Bytes, in the host's memory: whatever the dtypes and devices, and however little the device can hold.
             if is_source:
                 flat = torch.cat([tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
@@ -219,7 +225,7 @@ class DistributedStage(Stage):
                 for tensor, part in zip(tensors, torch.split(flat, sizes), strict=True):
                     tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
-    # Training values
+    # Training values and metrics
 
     @override
     def report(self, report: Report) -> None:
@@ -240,8 +246,6 @@ class DistributedStage(Stage):
     def _report_key(stage: int, number: int) -> str:
         return f"lightning_dgl/report/{stage}/{number}"
 
-    # Metrics
-
     @override
     def synchronise(self, metrics: nn.Module) -> None:
         for metric in metrics.modules():
@@ -260,28 +264,24 @@ class DistributedStage(Stage):
 
     @override
     def close(self) -> None:
-        """Let the links run dry, and meet the other ranks; exchanging objects works still."""
-        if self.watchdog.is_stopped:
-            return
-        if self.outbox is not None:
-            self.outbox.close()
-        if self.inbox is not None:
-            self.inbox.close()
         self.meet("to finish")
         self.watchdog.stop()
-        self.is_split = False
+        self.is_split = self.is_open = False
 
+    @override
+    def fail(self, error: BaseException) -> BaseException | None:
+        self.watchdog.report(error)
+        return self.watchdog.failure
+
+    @override
     def abandon(self) -> None:
-        """Leave the other ranks after a failure; a rank that has nothing to say about it ends here."""
         self.watchdog.await_others()
         if self.watchdog.is_silent:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
         self.watchdog.stop()
-        for end in (self.inbox, self.outbox):
-            if end is not None:
-                end.abandon()
+        self.is_split = self.is_open = False
 
 
 def _merged(parts: Iterable[Mapping[T, Any]]) -> dict[T, Any]:

@@ -1,12 +1,17 @@
-"""Which rank holds which blocks, of which replica."""
+"""The grid of ranks, replicas × stages, and the process groups of its rows, columns and wires."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from datetime import timedelta
 
-from lightning_dgl.splitting import balanced_cuts
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+# A wire waits as long as its stages do, which the watchdog limits: a gloo group that has timed out is lost.
+_UNLIMITED = timedelta(days=365)
 
 
 @dataclass(frozen=True)
@@ -49,30 +54,56 @@ class Topology:
         return self.rank + 1 if self.stage < self.num_stages - 1 else None
 
     @property
-    def links(self) -> list[tuple[int, int]]:
+    def wires(self) -> list[tuple[int, int]]:
         """Every pair of ranks (sender, receiver), in the same order on every rank."""
         starts = range(0, self.num_ranks, self.num_stages)
         return [(start + s, start + s + 1) for start in starts for s in range(self.num_stages - 1)]
 
 
-def assign_blocks(costs: Sequence[float], num_stages: int) -> list[range]:
-    """Deal consecutive blocks to stages, so that the most expensive stage costs least.
+@dataclass(frozen=True)
+class Groups:
+    """A rank's place, and the process groups that it belongs to.
 
-    Args:
-        costs: cost of each block, heads counted in.
-        num_stages: at most as many as there are blocks.
-
-    Example::
-
-        >>> assign_blocks([1, 1, 1, 3], num_stages=2)
-        [range(0, 3), range(3, 4)]
+    Attributes:
+        topology: where this rank stands.
+        mesh: all ranks, with dimensions "data" (replicas) and "block" (stages).
+        everyone: all ranks.
+        wires: for each wire that this rank has an end of, by (sender, receiver), a group of these two.
     """
-    num_cuts = len(costs) - 1
-    cuts = balanced_cuts([0] * num_cuts, list(accumulate(costs)), [0.0] * num_cuts, num_stages)
-    ends = [cut + 1 for cut in cuts] + [len(costs)]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    topology: Topology
+    mesh: DeviceMesh
+    everyone: dist.ProcessGroup
+    wires: dict[tuple[int, int], dist.ProcessGroup]
+
+    @classmethod
+    def make(cls, num_ranks: int, num_replicas: int, device_type: str, backend: str, timeout: timedelta) -> Groups:
+        """Make all groups; all ranks must call it, at the same point of the program."""
+        topology = Topology(dist.get_rank(), num_replicas, num_ranks // num_replicas)
+        grid = torch.arange(num_ranks).view(num_replicas, topology.num_stages)
+
+        def make(ranks: Sequence[int], timeout: timedelta = timeout) -> list[dist.ProcessGroup]:
+            group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+            return [group] if isinstance(group, dist.ProcessGroup) else []  # else this rank is not in it
+
+        (everyone,) = make(range(num_ranks))
+        (data,) = [group for column in grid.T.tolist() for group in make(column)]
+        (block,) = [group for row in grid.tolist() for group in make(row)]
+        mesh = DeviceMesh.from_group([data, block], device_type, grid, mesh_dim_names=("data", "block"))
+        wires = {ends: group for ends in topology.wires for group in make(ends, _UNLIMITED)}
+        return cls(topology, mesh, everyone, wires)
+
+    @property
+    def data(self) -> dist.ProcessGroup:
+        """Return the ranks that hold the same blocks as this one."""
+        return self.mesh["data"].get_group()
+
+    @property
+    def block(self) -> dist.ProcessGroup:
+        """Return the ranks of this one's replica, first stage first."""
+        return self.mesh["block"].get_group()
 
 
 def blocks_in_words(blocks: range) -> str:
-    """How messages speak of consecutive blocks: "block 2", or "blocks 2 to 4"."""
+    """Return the name of consecutive blocks in messages: "block 2", or "blocks 2 to 4"."""
     return f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]} to {blocks[-1]}"

@@ -4,7 +4,7 @@ trace -> cut_points -> costs -> balance -> blocks, in the order in which a netwo
 them together.
 """
 
-from lightning_dgl.splitting.balance import balanced_cuts
+from lightning_dgl.splitting.balance import assign_blocks, balanced_cuts
 from lightning_dgl.splitting.blocks import Block, extent
 from lightning_dgl.splitting.code import Code
 from lightning_dgl.splitting.costs import count_flops
@@ -19,6 +19,7 @@ __all__ = [
     "SplitError",
     "SplitNetwork",
     "SplitPoint",
+    "assign_blocks",
     "balanced_cuts",
     "count_flops",
     "example_batch",

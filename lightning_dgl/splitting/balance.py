@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 from lightning_dgl.splitting.costs import COSTS, HeadFactory
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
@@ -90,6 +91,24 @@ def _best_within(bound: float, ranks: Sequence[int], cost: BlockCost, num_blocks
                 longer[j] = min(options)
         best = longer
     return best[end][2]
+
+
+def assign_blocks(costs: Sequence[float], num_stages: int) -> list[range]:
+    """Deal consecutive blocks to stages, so that the most expensive stage costs least.
+
+    Args:
+        costs: cost of each block, heads counted in.
+        num_stages: at most as many as there are blocks.
+
+    Example::
+
+        >>> assign_blocks([1, 1, 1, 3], num_stages=2)
+        [range(0, 3), range(3, 4)]
+    """
+    num_cuts = len(costs) - 1
+    cuts = balanced_cuts([0] * num_cuts, list(accumulate(costs)), [0.0] * num_cuts, num_stages)
+    ends = [cut + 1 for cut in cuts] + [len(costs)]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def choose_points(

@@ -1,0 +1,35 @@
+"""Checks of single arguments; errors name the argument, its value and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def check_length(name: str, values: Sequence[Any], expected: int, why: str) -> None:
+    """Raise ValueError unless ``values`` has ``expected`` entries."""
+    if len(values) != expected:
+        raise ValueError(f"{name} is a list of {len(values)}, but must have {expected}: {why}.")
+
+
+def one_per_block(name: str, factory: Any, num_blocks: int) -> list[Any]:
+    """Return ``factory``, a callable or a list of callables, as a list with one callable for each block."""
+    if isinstance(factory, (list, tuple)):
+        check_length(name, factory, num_blocks, "one for each block")
+    factories = list(factory) if isinstance(factory, (list, tuple)) else [factory] * num_blocks
+    for make in factories:
+        if not callable(make):
+            raise TypeError(f"{name} must be a callable (or a list of callables), got {type(make).__name__}.")
+    return factories

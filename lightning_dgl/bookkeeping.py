@@ -1,0 +1,147 @@
+"""The plugin's own work in Lightning's hooks.
+
+It lives in a callback that DGLModule adds to its Trainer, not in the module's hooks: users override those, and nothing
+may go wrong if they do not call ``super()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+from lightning_dgl.checks import check_block_names, check_fit, check_has_length, check_not_empty
+from lightning_dgl.logs import log_reports, log_values
+from lightning_dgl.optim import BlockGradScaler
+from lightning_dgl.run import Run
+from lightning_dgl.training import Progress, get_random_state, set_random_state
+
+KEY = "lightning_dgl"
+"""Where a checkpoint keeps what the plugin adds."""
+
+
+class Bookkeeping(Callback):
+    """Starts runs, logs every block's metrics at the end of epochs, and saves and restores training state."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.start_run_if_none()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        run: Run = pl_module.run
+        check_fit(trainer, run.schedule)
+        trainer.fit_loop.max_epochs = run.schedule.num_epochs(trainer.max_epochs, pl_module.num_blocks)
+        if trainer.global_step == 0 and run.random_state is None:  # not resumed
+            pl_module.progress = [Progress() for _ in range(pl_module.num_blocks)]
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            plugin.scaler = BlockGradScaler(pl_module.num_blocks, like=plugin.scaler)  # type: ignore[assignment]
+        if pl_module.streams.seed is None:
+            pl_module.streams.seed = run.stage.agree(torch.initial_seed())
+        if run.random_state is not None:
+            pl_module.streams.load(run.random_state.get("blocks", []))
+            # A run that was saved between epochs now draws the seed of the data loader.
+            set_random_state(run.random_state, pl_module.device)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run: Run = pl_module.run  # type: ignore[assignment]
+        if run.random_state is not None and trainer.fit_loop.restarted_mid_epoch:
+            # A run that was saved within an epoch had drawn that seed before.
+            set_random_state(run.random_state, pl_module.device)
+        run.random_state = None
+        if run.schedule.counts_own_epochs:
+            check_has_length(trainer)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_not_empty(trainer)
+
+    # Metrics
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
+        run: Run = pl_module.run  # type: ignore[assignment]
+        run.metrics.pop("train")
+        if run.stage.is_split:
+            values = run.stage.merge({name: value.cpu() for name, value in run.latest.items()})
+            log_values(pl_module, "train", values, on_step=False, on_epoch=True, logger=False, **run.stage.log_options)
+            log_reports(trainer, run)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _log_epoch(pl_module, "val", trainer.num_val_batches)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _log_epoch(pl_module, "test", trainer.num_test_batches)
+
+    # Checkpoints
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Save which blocks there are, and all that lets a resumed run continue as if it had not been interrupted."""
+        run: Run = pl_module.run
+        num_blocks, streams = pl_module.num_blocks, pl_module.streams
+        random_state: dict[str, Any] = get_random_state(pl_module.device)
+        scalers: dict[str, Any] = checkpoint.get(type(trainer.precision_plugin).__qualname__, {})
+        # Only the ranks that hold a block know its state.
+        mine = {
+            j: (
+                streams[j],
+                scalers["blocks"][j] if scalers else None,
+                asdict(pl_module.progress[j]),
+                _codec_state(run, j),
+            )
+            for j in run.stage.blocks
+        }
+        everyones = run.stage.merge(mine)
+        of_blocks = [everyones[j] for j in range(num_blocks)]
+        random_state["blocks"] = [stream for stream, _, _, _ in of_blocks]
+        if scalers:
+            scalers["blocks"] = [scaler for _, scaler, _, _ in of_blocks]
+        checkpoint[KEY] = {
+            "block_names": pl_module.block_names,
+            "random_state": random_state,
+            "progress": [progress for _, _, progress, _ in of_blocks],
+            "codecs": [codec for _, _, _, codec in of_blocks],
+            "schedule": run.schedule.state_dict(),
+        }
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(KEY)
+        if saved is None:
+            return
+        check_block_names(saved["block_names"], pl_module.block_names)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        run: Run = pl_module.run
+        run.random_state = saved["random_state"]
+        pl_module.progress = [Progress(**progress) for progress in saved.get("progress", [])] or pl_module.progress
+        run.schedule.load_state_dict(saved.get("schedule", {}))
+        for link, state in zip(run.links[1:], saved.get("codecs", []), strict=False):
+            if link.codec is not None and state is not None:
+                link.codec.load_state_dict(state)
+
+
+def _log_epoch(module: Any, phase: str, num_batches: Sequence[float]) -> None:
+    run: Run = module.run
+    for i, metrics in run.metrics.pop(phase).items():
+        suffix = f"/dataloader_idx_{i}" if len(num_batches) > 1 else ""
+        values = {f"{name}{suffix}": value for name, value in run.stage.merge(metrics.compute()).items()}
+        log_values(module, phase, values, **run.stage.log_options)
+
+
+def _codec_state(run: Run, block: int) -> dict[str, Any] | None:
+    """Return the state of the codec that follows ``block``, in the host's memory; None without one."""
+    codec = run.links[block + 1].codec
+    return None if codec is None else {name: value.cpu() for name, value in codec.state_dict().items()}

@@ -1,0 +1,128 @@
+"""Every private name of Lightning that the package uses, in one place.
+
+``tests/test_lightning_internals.py`` tries each of them and says which one a new version of Lightning has changed. The
+private methods that classes of this package override are in ``OVERRIDDEN``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver as ChildProcessObserver
+from lightning.fabric.utilities.distributed import _init_dist_connection as init_process_group
+from lightning.fabric.utilities.distributed import _sync_ddp_if_available as reduce_tensor
+from lightning.fabric.utilities.seed import _collect_rng_states as collect_random_states
+from lightning.fabric.utilities.seed import _set_rng_states as set_random_states
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+__all__ = [
+    "OVERRIDDEN",
+    "MultiProcessingLauncher",
+    "SubprocessScriptLauncher",
+    "collect_random_states",
+    "init_process_group",
+    "reduce_tensor",
+    "saves_every_n_train_steps",
+    "set_batch_size",
+    "set_predictions",
+    "set_random_states",
+    "skips_backward",
+    "synchronises_batchnorm",
+    "take_over",
+]
+
+OVERRIDDEN: dict[type, Sequence[str]] = {
+    LightningModule: ("_on_before_batch_transfer",),
+    Strategy: ("_setup_model",),
+    ParallelStrategy: ("_configure_launcher",),
+    MultiProcessingLauncher: ("_wrapping_function",),
+}
+"""Private methods that this package overrides, by Lightning's class."""
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Return whether Lightning runs forward passes only, as StochasticWeightAveraging does for BatchNorm."""
+    return trainer.fit_loop._skip_backward
+
+
+def set_batch_size(trainer: Trainer, batch_size: int) -> None:
+    """Tell Lightning the size of a batch, by which it weights logged values, where it cannot see the data."""
+    results = trainer._results
+    if results is not None:
+        results.batch_size = batch_size
+
+
+def set_predictions(trainer: Trainer, predictions: Sequence[tuple[int, Any]]) -> None:
+    """Put ``predictions``, by data loader, in place of those that Lightning has collected."""
+    collected = trainer.predict_loop._predictions
+    for seen in collected:
+        seen.clear()
+    for dataloader_idx, scores in predictions:
+        collected[dataloader_idx].append(scores)
+
+
+def saves_every_n_train_steps(callback: ModelCheckpoint) -> int:
+    """Return every how many training steps a ModelCheckpoint saves; 0 if it goes by epochs."""
+    return callback._every_n_train_steps
+
+
+def synchronises_batchnorm(trainer: Trainer) -> bool:
+    """Return whether ``Trainer(sync_batchnorm=True)`` was passed."""
+    strategy: Any = trainer.strategy
+    return strategy._layer_sync is not None
+
+
+def take_over(trainer: Trainer) -> None:
+    """Replace Lightning's way of ending ranks where it does not fit ranks that are not in lock-step.
+
+    The watchdog does what the replaced parts are for.
+    """
+    # Before every batch, Lightning broadcasts whether rank 0 was told to terminate: no rank could be ahead of another.
+    epoch_loop: Any = trainer.fit_loop.epoch_loop
+    _replace(epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+
+    # Its SIGTERM handler broadcasts, too, and waits without end for ranks that have ended.
+    connector: Any = trainer._signal_connector
+
+    def on_sigterm(signum: int, _: FrameType | None) -> None:
+        if not connector.received_sigterm and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)  # type: ignore[arg-type]
+        connector.received_sigterm = True
+
+    _replace(connector, "_sigterm_notifier_fn", on_sigterm)
+
+    # On a signal from SLURM, it saves a checkpoint wherever each rank happens to be: blocks of different steps.
+    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        _replace(connector, "_slurm_sigusr_handler_fn", _on_requeue)
+        rank_zero_warn(
+            "Several ranks cannot save a checkpoint between steps, so SLURM's requeue signal is not acted upon. Save "
+            "with ModelCheckpoint(save_last=True) and resume with trainer.fit(..., ckpt_path='last')."
+        )
+
+    # Within five seconds of a child's end, it kills this process before it can say what has happened.
+    for thread in threading.enumerate():
+        if isinstance(thread, ChildProcessObserver):
+            _replace(thread, "_child_processes", [])
+
+
+def _on_requeue(signum: int, _: FrameType | None) -> None:
+    rank_zero_warn("SLURM's requeue signal is not acted upon: resume from the last checkpoint that was saved.")
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        raise RuntimeError(
+            f"This version of Lightning has no {type(owner).__name__}.{name}, which DGLStrategy replaces. Install a "
+            "version that lightning-dgl supports."
+        )
+    setattr(owner, name, value)

@@ -1,0 +1,82 @@
+"""Logging: which values are logged when, and how those of later stages reach the loggers of rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_dgl.distributed import Report
+from lightning_dgl.metrics import is_headline
+from lightning_dgl.run import Run
+from lightning_dgl.training import LocalStep
+
+
+def log_step(module: LightningModule, run: Run, batch_idx: int, steps: Mapping[int, LocalStep]) -> None:
+    """Log the values of one training batch.
+
+    Taking every block's values costs time, so it is done only where something reads them: a logger, or a callback that
+    may act on them after any step. The last block's loss is logged in every step.
+    """
+    trainer, last_block = module.trainer, len(run.links) - 2
+    shown: dict[str, Tensor] = {}
+    if takes_all := _takes_all_values(trainer):
+        shown = run.metrics.of("train").batch_values({j: (s.loss, s.scores, s.targets) for j, s in steps.items()})
+        shown |= {f"skipped_block{j}": torch.tensor(float(n)) for j, n in run.num_skipped.items() if j in steps}
+    elif last_block in steps:
+        shown["loss"] = steps[last_block].loss
+    if run.stage.is_split:
+        run.latest |= shown
+        if takes_all and not run.stage.is_first and updates_after(trainer, batch_idx) and _loggers_are_due(trainer):
+            numbers = {f"train/{name}": float(value) for name, value in shown.items()}
+            run.stage.report(Report(trainer.global_step, numbers | {"epoch": trainer.current_epoch}))
+    if shown:
+        batch_size = len(next(iter(steps.values())).targets)
+        log_values(module, "train", shown, on_step=True, on_epoch=False, batch_size=batch_size)
+    for name, value in log_reports(trainer, run).items():
+        if name != "epoch":
+            module.log(name, value, prog_bar=is_headline(name), logger=False, on_step=True, on_epoch=False)
+
+
+def log_values(module: LightningModule, phase: str, values: Mapping[str, Tensor], **how: Any) -> None:
+    """Log values under the name of their phase; those of the last block go to the progress bar."""
+    for name, value in values.items():
+        # Where there are several data loaders, the number of one is in the name already.
+        module.log(f"{phase}/{name}", value, prog_bar=is_headline(name), add_dataloader_idx=False, **how)
+
+
+def log_reports(trainer: Trainer, run: Run) -> dict[str, float]:
+    """Log what later stages have reported, under the step at which they measured it; return the latest of it."""
+    latest: dict[str, float] = {}
+    for report in run.stage.reports():
+        trainer.logged_metrics.update({name: torch.tensor(value) for name, value in report.values.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(report.values, report.step)
+            logger.save()
+        latest |= report.values
+    return latest
+
+
+def updates_after(trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether optimizers step after a batch, or gradients of further batches are added first."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def _loggers_are_due(trainer: Trainer) -> bool:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and ((trainer.global_step + 1) % every == 0 or trainer.should_stop)
+
+
+def _takes_all_values(trainer: Trainer) -> bool:
+    is_last = trainer.is_last_batch or trainer.global_step + 1 == trainer.max_steps
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    monitored = [getattr(callback, "monitor", None) for callback in callbacks]
+    return (
+        _loggers_are_due(trainer)
+        or is_last
+        or trainer.global_step == 0
+        or any(isinstance(name, str) and name.startswith("train/") and name != "train/loss" for name in monitored)
+    )

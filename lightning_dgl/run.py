@@ -1,0 +1,61 @@
+"""The run: what a module needs to know while a Trainer runs. The strategy makes it; the module reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dgl.distributed import Stage
+from lightning_dgl.links import Link
+from lightning_dgl.metrics import EpochMetrics
+from lightning_dgl.schedules import Schedule
+
+
+@dataclass
+class Run:
+    """One call of ``Trainer.fit``, ``validate``, ``test`` or ``predict``, on one rank.
+
+    Attributes:
+        stage: the blocks of this rank, and how it talks to the other ranks.
+        schedule: which block steps when.
+        links: what each block reads from and sends to: block j reads from ``links[j]`` and sends to ``links[j + 1]``.
+        metrics: of this rank's blocks, for each phase and data loader.
+        stepped: the blocks that Lightning updates after the present training step.
+        num_skipped: by block, how many batches were skipped because its loss was not finite.
+        latest: the newest training values of this rank's blocks.
+        random_state: the random state of a checkpoint, until training continues from it.
+    """
+
+    stage: Stage
+    schedule: Schedule
+    links: list[Link]
+    metrics: EpochMetrics
+    stepped: list[int] = field(default_factory=list)
+    num_skipped: dict[int, int] = field(default_factory=dict)
+    latest: dict[str, Tensor] = field(default_factory=dict)
+    random_state: dict[str, Any] | None = None
+
+    @property
+    def incoming(self) -> Link:
+        """The link that this stage reads from: data, or what the previous stage sends."""
+        return self.links[self.stage.blocks[0]]
+
+    @property
+    def outgoing(self) -> Link:
+        """The link that this stage sends to."""
+        return self.links[self.stage.blocks[-1] + 1]
+
+    def close(self) -> None:
+        """Drain the links and wait for all ranks. Collectives still work afterwards."""
+        if self.stage.is_open:
+            self.outgoing.close()
+            self.incoming.close()
+            self.stage.close()
+
+    def abandon(self) -> None:
+        """Leave the other ranks after a failure."""
+        self.stage.abandon()
+        for link in (self.incoming, self.outgoing):
+            link.abandon()
