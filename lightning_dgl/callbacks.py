@@ -209,11 +209,11 @@ def _blocks(module: Any) -> tuple[list[str], list[list[str]]]:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str] = ()) -> Table:
     """Return a table of the columns that are not empty; those named in ``text`` may wrap, the others are numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False, header_style="bold magenta")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="bold magenta")
     shown = [i for i in range(len(columns)) if any(row[i] != "-" for row in rows)]
     for i in shown:
         style: Any = {"overflow": "fold"} if columns[i] in text else {"justify": "right", "no_wrap": True}
-        table.add_column(columns[i], style="dim" if i == 0 else None, **style)
+        table.add_column("" if i == 0 else columns[i], style="dim" if i == 0 else None, **style)
     for row in rows:
         table.add_row(*(row[i] for i in shown))
     return table
