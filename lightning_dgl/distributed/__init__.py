@@ -4,11 +4,12 @@ topology says which rank holds which blocks, groups connects them, link carries 
 watchdog makes one rank's failure everyone's, and stage puts these together for one rank.
 """
 
+from lightning_dgl.distributed.failures import RankFailedError
 from lightning_dgl.distributed.groups import Groups
 from lightning_dgl.distributed.link import Address, Replay, StageBatch, StageLoader, StatefulStageLoader
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Report, Stage
 from lightning_dgl.distributed.topology import assign_blocks, blocks_in_words
-from lightning_dgl.distributed.watchdog import RankFailedError, Watchdog, this_process
+from lightning_dgl.distributed.watchdog import Watchdog, this_process
 
 __all__ = [
     "AGREED",
