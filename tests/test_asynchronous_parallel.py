@@ -247,7 +247,7 @@ def test_a_rank_that_is_killed_ends_all(job: Job) -> None:
     outcome = job.wait()
     assert outcome.codes[1] == -signal.SIGKILL
     assert 0 not in outcome.codes
-    assert "Rank 1 (block 2) has gone without a word, and with it the run" in outcome.output, str(outcome)
+    assert "Rank 1 (block 2) exited without an error message; the run was stopped" in outcome.output, str(outcome)
     assert outcome.left == []
 
 
@@ -255,5 +255,5 @@ def test_a_rank_that_hangs_ends_all(job: Job) -> None:
     start(job, 2, Asynchronous(max_lead=3), hold=(0, 10), timeout=5)
     outcome = job.wait()
     assert 0 not in outcome.codes
-    assert "Rank 0 (blocks 0 to 1) hangs, and with it the run" in outcome.output, str(outcome)
+    assert "Rank 0 (blocks 0 to 1) hangs; the run was stopped" in outcome.output, str(outcome)
     assert outcome.left == []

@@ -92,7 +92,7 @@ def test_error_on_a_later_rank_is_shown_by_rank_0(
     start(job, how, 3, fault="raise", on=rank)
     outcome = job.wait()
     assert_all_ended(outcome)
-    assert messages(outcome) == [f"{name(rank, 3)} failed, and with it the run:"]
+    assert messages(outcome) == [f"{name(rank, 3)} failed; the run was stopped:"]
     # Rank 0's traceback, and within its message that of the rank that has failed, down to the line.
     assert outcome.output.count("Traceback") == 2
     assert outcome.output.count('raise ZeroDivisionError("the culprit")\n') == 1
@@ -149,7 +149,7 @@ def test_rank_that_ends_without_a_word(
     outcome = job.wait()
     assert_all_ended(outcome)
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(1, devices)} has gone without a word, and with it the run: ")
+    assert message.startswith(f"{name(1, devices)} exited without an error message; the run was stopped: ")
     assert re.search(what, message)
     assert_checkpoint_is_whole(job, undisturbed)
 
@@ -160,7 +160,7 @@ def test_rank_that_is_killed_while_all_others_wait_for_it_in_common(job: Job) ->
     outcome = job.wait()
     assert_all_ended(outcome)
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(2, 3)} has gone without a word, and with it the run: ")
+    assert message.startswith(f"{name(2, 3)} exited without an error message; the run was stopped: ")
 
 
 def test_rank_0_that_is_killed(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
@@ -169,7 +169,7 @@ def test_rank_0_that_is_killed(job: Job, undisturbed: tuple[Job, Outcome]) -> No
     outcome = job.wait()
     assert_all_ended(outcome)
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(0, 3)} has gone without a word, and with it the run: ")
+    assert message.startswith(f"{name(0, 3)} exited without an error message; the run was stopped: ")
     assert_checkpoint_is_whole(job, undisturbed)
 
 
@@ -181,7 +181,7 @@ def test_rank_that_hangs_is_found_and_shown_with_what_it_does(
     outcome = job.wait()
     assert_all_ended(outcome)
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(rank, devices)} hangs, and with it the run: ")
+    assert message.startswith(f"{name(rank, devices)} hangs; the run was stopped: ")
     assert message.endswith("It is here:")
     assert outcome.output.count("time.sleep(10_000)  # this line is to be found in the message") == 1
     assert_checkpoint_is_whole(job, undisturbed)
@@ -193,7 +193,7 @@ def test_frozen_rank_is_found(job: Job, undisturbed: tuple[Job, Outcome]) -> Non
     assert_all_ended(outcome)
     assert outcome.codes[1] == -signal.SIGKILL
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(1, 2)} hangs, and with it the run: ")
+    assert message.startswith(f"{name(1, 2)} hangs; the run was stopped: ")
     assert_checkpoint_is_whole(job, undisturbed)
 
 
@@ -211,7 +211,7 @@ def test_loss_that_is_not_finite_on_a_later_rank(job: Job) -> None:
     start(job, "hand", 2, fault="break loss", on=1, split_at=["6"])
     outcome = job.wait()
     assert_all_ended(outcome)
-    assert messages(outcome) == ["Rank 1 (block 1) failed, and with it the run:"]
+    assert messages(outcome) == ["Rank 1 (block 1) failed; the run was stopped:"]
     # The fourth batch of the second epoch.
     assert re.search(r"NonFiniteLossError: The local loss of block 1 \(.*\) is nan at step 11\.", outcome.outputs[0])
     assert "Traceback" not in outcome.outputs[1]
@@ -224,7 +224,7 @@ def test_error_in_another_replica(job: Job) -> None:
     start(job, "hand", 4, fault="raise", on=2, data_parallel_size=2)
     outcome = job.wait()
     assert_all_ended(outcome)
-    assert messages(outcome) == [f"{name(2, 2)} failed, and with it the run:"]
+    assert messages(outcome) == [f"{name(2, 2)} failed; the run was stopped:"]
     assert outcome.outputs[0].count("ZeroDivisionError: the culprit\n") == 1
 
 
@@ -233,7 +233,7 @@ def test_rank_of_another_replica_that_is_killed(job: Job) -> None:
     outcome = job.wait()
     assert_all_ended(outcome)
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(2, 2)} has gone without a word, and with it the run: ")
+    assert message.startswith(f"{name(2, 2)} exited without an error message; the run was stopped: ")
 
 
 def test_rank_of_another_replica_that_hangs(job: Job) -> None:
@@ -242,7 +242,7 @@ def test_rank_of_another_replica_that_hangs(job: Job) -> None:
     assert_all_ended(outcome)
     assert outcome.codes[2] == -signal.SIGKILL
     (message,) = messages(outcome)
-    assert message.startswith(f"{name(2, 2)} hangs, and with it the run: ")
+    assert message.startswith(f"{name(2, 2)} hangs; the run was stopped: ")
 
 
 # The user, or the cluster, ends the job
@@ -268,7 +268,7 @@ def test_rank_that_is_told_to_terminate_ends_every_rank(rank: int, job: Job) -> 
     assert outcome.codes[1 - rank] == 1, str(outcome)
     assert outcome.left == [], str(outcome)
     assert outcome.weights == [], str(outcome)
-    assert messages(outcome) == [f"{name(rank, 2)} failed, and with it the run:"]
+    assert messages(outcome) == [f"{name(rank, 2)} failed; the run was stopped:"]
     assert "SIGTERMException" in outcome.outputs[1 - rank]
 
 

@@ -5,10 +5,11 @@ in for the data of later stages, failures and watchdog make one rank's failure e
 for one rank.
 """
 
+from lightning_dgl.distributed.failures import RankFailedError
 from lightning_dgl.distributed.loaders import StageLoader, StatefulStageLoader, Token
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Report, Stage
 from lightning_dgl.distributed.topology import Groups, Topology, blocks_in_words
-from lightning_dgl.distributed.watchdog import Process, RankFailedError, Watchdog, this_process
+from lightning_dgl.distributed.watchdog import Process, Watchdog, this_process
 from lightning_dgl.distributed.wire import Inbox, Outbox, ReplayInbox
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Lightning's launcher of spawned and forked ranks, which passes on a failed rank's own message."""
+"""Launch ranks as Lightning does, by spawn or fork, but raise the message of the rank that failed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from typing_extensions import override
 
-from lightning_dgl.distributed.watchdog import RankFailedError
+from lightning_dgl.distributed.failures import RankFailedError
+from lightning_dgl.lightning_internals import MultiProcessingLauncher, collect_random_states, set_random_states
 
 
-class RankLauncher(_MultiProcessingLauncher):
-    """Starts a process for each rank; if one fails, the error says which, and why.
+class RankLauncher(MultiProcessingLauncher):
+    """Starts a process for each rank; if one fails, raises an error that names the rank and the reason.
 
     Args:
-        strategy: whose ranks they are.
-        start_method: how to start them.
-        on_failure: in a rank, what to do about an exception; returns the failure, as messages speak of it.
-        name_of: how messages speak of the process with this number on this node.
+        strategy: the strategy of the ranks.
+        start_method: how to start a process.
+        on_failure: called in a rank with the exception that it raised; returns the failure of the run, or None if there
+            is nothing to pass on.
+        name_of: returns the name in messages of the rank with this number on this node.
     """
 
     _failure: Path
@@ -42,7 +42,7 @@ class RankLauncher(_MultiProcessingLauncher):
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        self._random_states = _collect_rng_states(include_cuda=False)
+        self._random_states = collect_random_states(include_cuda=False)
         with tempfile.TemporaryDirectory() as folder:
             self._failure = Path(folder) / "failure"
             try:
@@ -52,18 +52,20 @@ class RankLauncher(_MultiProcessingLauncher):
                     raise RankFailedError(self._failure.read_text()) from None
                 if isinstance(error, ProcessExitedException):
                     name = self._name_of(error.error_index)
-                    raise RankFailedError(f"{name} has gone without a word, and with it the run: {error}.") from None
+                    raise RankFailedError(
+                        f"{name} exited without an error message; the run was stopped: {error}."
+                    ) from None
                 raise
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        if self._start_method == "forkserver":  # the other methods hand on the random state by themselves
-            _set_rng_states(self._random_states)
+        if self._start_method == "forkserver":  # the other methods pass on the random state
+            set_random_states(self._random_states)
         try:
             super()._wrapping_function(*args, **kwargs)
         except BaseException as error:
-            # Lightning tells the strategy only in the process that has called the Trainer, which is none of the ranks.
+            # Lightning calls Strategy.on_exception only in the process that called the Trainer, and that is not a rank.
             failure = self._on_failure(error)
-            if failure is not None and not self._failure.exists():
+            if failure is not None and not self._failure.exists():  # the first failure counts
                 self._failure.write_text(str(failure))
             raise

@@ -1,8 +1,16 @@
-"""One rank's failure becomes every rank's, with one message: who failed, which blocks it held, and its traceback.
+"""Turn the failure of one rank into the failure of all ranks.
 
-Every rank has a thread that beats in the process group's key-value store and looks there for a failure. Waiting, for
-a neighbour or in a collective, goes through the watchdog, so that it ends when another rank fails, and so that a rank
-that keeps the others waiting for too long is found: it does not wait itself, or its heart has stopped.
+Each rank has a thread, the *heart*, that writes a pulse to the process group's store and looks there for failures. The
+main thread waits for other ranks only through the watchdog, so that a wait ends when a rank fails or takes too long.
+:mod:`~lightning_dgl.distributed.failures` decides what follows from a failure.
+
+The keys in the store, below "lightning_dgl/"; values are JSON:
+
+    pulse/RANK      how often the heart of RANK has beaten, and whether RANK waits for other ranks
+    failure         the failure of the run: the first that was posted
+    known/RANK      there once RANK knows the failure
+    suspect/RANK    there while another rank asks which lines RANK is at
+    stack/RANK      the answer
 """
 
 from __future__ import annotations
@@ -21,44 +29,50 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from lightning_dgl.distributed.failures import PATIENCE, Failure, FailureState, Pulse, RankFailedError, find_suspects
 
 T = TypeVar("T")
 
-_FAILURE, _SEEN = "lightning_dgl/failure", "lightning_dgl/seen"
-# How long the others get to say why a connection broke, and a rank to leave by itself after a failure; seconds.
-_PATIENCE, _GRACE = 3.0, 15.0
-
-
-class RankFailedError(RuntimeError):
-    """Another rank has failed, and with it the run; the message names it and its blocks, and gives its traceback."""
+_FEW_BEATS = 0.8
+"""Seconds in which a healthy heart beats several times."""
 
 
 class Process(NamedTuple):
-    """Where a rank runs."""
+    """The host and process id of a rank."""
 
     host: str
     pid: int
 
 
+def this_process() -> Process:
+    """Return the host and process id of this rank."""
+    return Process(socket.gethostname(), os.getpid())
+
+
 class Watchdog:
-    """Watches over the ranks of a run from one of them.
+    """Watches over all ranks of a run, on behalf of one.
 
     Args:
-        store: a connection to the process group's store, used by nobody else.
+        store: a connection to the process group's store that nobody else uses.
         rank: this rank.
-        names: how messages speak of each rank.
-        timeout: how long a rank may keep the others waiting; seconds.
-        is_loud: whether this rank's own error is what the user sees: the first process on a node; the other ones leave
-            silently when somebody else fails.
-        received_sigterm: whether this process was asked to terminate.
-        children: processes that this one has launched, of the ranks after its own.
+        names: the name of each rank in messages.
+        timeout: how many seconds a rank may keep the others waiting.
+        is_loud: whether this rank prints every failure: the first process of a node, or every rank if the launcher
+            passes on one error. Other ranks leave the printing to rank 0 and exit silently.
+        received_sigterm: returns whether this process was asked to terminate.
+        children: the processes that this rank launched, for the ranks that follow it.
+
+    Attributes:
+        processes: the process of each rank, by which a rank that hangs is killed; set once they are known.
     """
 
     interval = 0.2
+    """Seconds between two beats; also how long ``ready`` in :meth:`wait_until` may wait."""
 
     def __init__(
         self,
@@ -71,309 +85,312 @@ class Watchdog:
         children: Sequence[subprocess.Popen[bytes]],
     ) -> None:
         self.processes: list[Process] = []
-        self.failure: RankFailedError | None = None
-        self._store = store
-        self._rank = rank
         self._names = names
+        self._rank = rank
         self._timeout = timeout
-        self._is_loud = is_loud
         self._received_sigterm = received_sigterm
-        self._children = children
-        self._lost: tuple[int, BaseException, float] | None = None
-        self._failed_rank = rank
-        self._own: BaseException | None = None
-        self._failed_at = 0.0
-        self._waiting = 0
-        self._beats = 0
-        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopped = threading.Event()
-        self._main_thread = threading.get_ident()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="lightning_dgl watchdog")
-        self._thread.start()
-        atexit.register(self.stop)  # a thread that is in torch when Python shuts down would crash the process
+        self._raised_at_work: BaseException | None = None
+        self._state = FailureState(rank, names, timeout, is_loud, is_launcher=bool(children))
+        self._heart = _Heart(store, rank, len(names), self._state, children)
+        self._heart.start()
+        atexit.register(self.stop)  # a thread that is inside torch when Python shuts down would crash the process
 
-    # For the main thread
+    # Waiting
 
     def check(self) -> None:
-        """Raise if another rank has failed, or this process was asked to terminate."""
-        if self.failure is not None:
-            raise self._own_error(self.failure)
+        """Raise if a rank failed, or if this process was asked to terminate."""
+        if self._state.failure is not None:
+            raise self._state.error()
         if self._received_sigterm():
             raise SIGTERMException
 
-    def wait_until(self, ready: Callable[[], bool], peer: int, what: str) -> None:
-        """Call ``ready``, which waits a little, until it returns True; it is rank ``peer`` that is to do ``what``."""
-        deadline = time.monotonic() + self._timeout
+    def wait_until(self, ready: Callable[[], bool], peer: int, what: str) -> float:
+        """Call ``ready`` until it returns True; return the seconds waited.
+
+        Args:
+            ready: returns whether the wait is over; waits for :attr:`interval` seconds at most.
+            peer: the rank that this one waits for.
+            what: what ``peer`` must do, as messages put it: "to ...".
+
+        Raises:
+            RankFailedError: if a rank failed, or the wait took longer than the timeout.
+            SystemExit: instead, if another rank prints the failure.
+            SIGTERMException: if this process was asked to terminate.
+        """
+        began = time.monotonic()
         self.check()
-        self._waiting += 1
-        try:
+        with self._waiting(1):
             while not ready():
                 self.check()
-                if time.monotonic() > deadline:
-                    raise self._hanging(f"{self._names[self._rank]} waits for {self._names[peer]} {what}")
-        finally:
-            self._waiting -= 1
+                if time.monotonic() - began > self._timeout:
+                    raise self._end_wait(peer, what)
+        return time.monotonic() - began
+
+    def take(self, source: queue.Queue[T], peer: int, what: str) -> tuple[T, float]:
+        """Take an item from ``source``, which ``peer`` fills; return it and the seconds waited. See wait_until."""
+        items: list[T] = []
+
+        def has_arrived() -> bool:
+            with suppress(queue.Empty):
+                items.append(source.get(timeout=self.interval))
+            return bool(items)
+
+        seconds = self.wait_until(has_arrived, peer, what)
+        return items[0], seconds
+
+    def put(self, target: queue.Queue[T], item: T, peer: int, what: str) -> float:
+        """Put ``item`` into ``target``, which ``peer`` empties; return the seconds waited. See wait_until."""
+
+        def has_room() -> bool:
+            try:
+                target.put(item, timeout=self.interval)
+            except queue.Full:
+                return False
+            return True
+
+        return self.wait_until(has_room, peer, what)
 
     @contextmanager
     def collective(self, what: str) -> Iterator[None]:
-        """Within this context ranks meet, for ``what``; a failure to do so becomes the failure behind it."""
+        """Meet the other ranks within this context, for ``what``; replace torch's error by the failure behind it."""
         self.check()
-        self._waiting += 1
         began = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, RankFailedError) or error is self._own:
-                raise
-            if time.monotonic() - began >= self._timeout:
-                raise self._hanging(f"{self._names[self._rank]} waits for the others, {what}") from None
-            self._ask(partial(self._find_gone, error), 2 * _PATIENCE)
-            if self.failure is None:
-                raise
-            raise self._own_error(self.failure) from None
-        finally:
-            self._waiting -= 1
+        with self._waiting(1):
+            try:
+                yield
+            except RuntimeError as error:
+                if isinstance(error, RankFailedError) or error is self._raised_at_work:
+                    raise
+                if time.monotonic() - began >= self._timeout:
+                    raise self._end_wait(None, what) from None
+                self._heart.ask(partial(self._heart.explain, str(error)))
+                if self._state.failure is None:
+                    raise
+                raise self._state.error() from None
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Within this context, inside that of a collective, this rank does not meet the others but works by itself."""
-        self._waiting -= 1
+        """Do work of this rank alone within this context, inside that of a collective."""
+        with self._waiting(-1):
+            try:
+                yield
+            except BaseException as error:
+                self._raised_at_work = error  # no other rank is behind it
+                raise
+
+    @contextmanager
+    def _waiting(self, change: int) -> Iterator[None]:
+        self._heart.num_waits += change
         try:
             yield
-        except BaseException as error:
-            self._own = error
-            raise
         finally:
-            self._waiting += 1
+            self._heart.num_waits -= change
 
-    def report(self, error: BaseException) -> None:
-        """Tell the other ranks that this one fails, unless one has failed before; wait until rank 0 knows."""
-        if self.failure is not None or isinstance(error, RankFailedError):
-            return
-        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        text = f"{self._names[self._rank]} failed, and with it the run:\n\n{trace}"
-        _, is_seen = self._post(self._rank, text)
-        self._is_loud |= not is_seen
-        self._fail(self._rank, text)
-        if hasattr(error, "add_note"):
-            error.add_note(f"Raised on {self._names[self._rank]}.")
+    def _end_wait(self, peer: int | None, what: str) -> BaseException:
+        """Find the rank to blame for a wait that took too long and kill it if it runs here; return what to raise."""
+        self._heart.ask(partial(self._heart.blame, peer, what))
+        # If the store did not answer, rank 0 is to blame, which holds it.
+        self._state.learn(self._state.overdue(0, peer, what), time.monotonic(), rank_0_knows=False)
+        culprit = self._state.rank_to_kill
+        if culprit is not None and self.processes and self.processes[culprit].host == socket.gethostname():
+            with suppress(ProcessLookupError):
+                os.kill(self.processes[culprit].pid, signal.SIGKILL)
+        return self._state.error()
 
-    def await_others(self) -> None:
-        """After a failure: rank 0, with which the store may go, waits until the others know which failure it is."""
-        if self.failure is None or self._rank != 0:
-            return
+    # Failing
 
-        others = [rank for rank in range(1, len(self._names)) if rank != self._failed_rank]
-        self._ask(partial(self._await_seen, others), 2 * _PATIENCE)
+    @property
+    def failure(self) -> RankFailedError | None:
+        """The failure of the run, as an error; None while all is well."""
+        return None if self._state.failure is None else RankFailedError(self._state.failure.text)
 
     @property
     def is_silent(self) -> bool:
-        """Whether another rank has failed, and it is for yet another one to show that to the user."""
-        return self.failure is not None and not self._is_loud
+        """Whether a rank failed, and another rank prints it."""
+        return not self._state.prints
+
+    def report(self, error: BaseException) -> None:
+        """Post that this rank raised ``error``, unless a failure is known; wait until rank 0 knows it."""
+        if self._state.failure is not None or isinstance(error, RankFailedError):
+            return
+        failure = self._state.raised(error)
+        self._heart.ask(partial(self._heart.post, failure))
+        self._state.learn(failure, time.monotonic(), rank_0_knows=False)  # if the store did not answer
+        if hasattr(error, "add_note"):  # since Python 3.11
+            error.add_note(f"Raised on {self._names[self._rank]}.")
+
+    def await_others(self) -> None:
+        """On rank 0, wait after a failure until the other ranks know it: the store may end with rank 0."""
+        failure = self._state.failure
+        if failure is not None and self._rank == 0:
+            others = [rank for rank in range(1, len(self._names)) if rank != failure.rank]
+            self._heart.ask(partial(self._heart.await_known, others))
+
+    def lost(self, peer: int, error: BaseException) -> None:
+        """Tell that the connection to ``peer`` broke with ``error``; any thread may call it."""
+        self._state.lose(peer, str(error), time.monotonic())
+
+    # The end
 
     @property
     def is_stopped(self) -> bool:
         """Whether the watch has ended."""
-        return self._stopped.is_set()
+        return self._heart.stopped.is_set()
 
     def stop(self) -> None:
         """End the watch."""
         atexit.unregister(self.stop)
-        self._stopped.set()
-        self._thread.join(timeout=1.0)
+        self._heart.stopped.set()
+        self._heart.join(timeout=1.0)
 
-    # For the threads of the links
 
-    def lost(self, peer: int, error: BaseException) -> None:
-        """The connection to ``peer`` is broken."""
-        if self._lost is None:
-            self._lost = (peer, error, time.monotonic())
+class _Heart(threading.Thread):
+    """The thread of a watchdog. It alone talks to the store, because a store that lost its host may never answer.
 
-    # Failures
+    Args:
+        store: a connection to the process group's store.
+        rank: this rank.
+        num_ranks: how many ranks there are.
+        state: what this rank knows about failures.
+        children: the processes that this rank launched, for the ranks that follow it.
+    """
 
-    def _own_error(self, failure: RankFailedError) -> BaseException:
-        """What to raise here when another rank fails: the one message, or nothing that is shown."""
-        return RankFailedError(*failure.args) if self._is_loud else SystemExit(1)
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        num_ranks: int,
+        state: FailureState,
+        children: Sequence[subprocess.Popen[bytes]],
+    ) -> None:
+        super().__init__(daemon=True, name="lightning_dgl watchdog")
+        self.stopped = threading.Event()
+        self.num_waits = 0  # above 0 while this rank waits for others, and so is not to blame
+        self._store = PrefixStore("lightning_dgl", store)
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self._state = state
+        self._children = children
+        self._beats = 0
+        self._main_thread = threading.get_ident()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
-    def _post(self, rank: int, text: str) -> tuple[bool, bool]:
-        """Make the failure of ``rank`` known, if it is the first; wait until rank 0 knows it, which shows it.
+    def run(self) -> None:
+        """Look for failures, beat, and do what the main thread asks for, until stopped."""
+        while not self.stopped.is_set():
+            self._try(self._look)
+            self._try(self._beat)
+            with suppress(queue.Empty):
+                self._tasks.get_nowait()()
+            if self._state.must_leave(time.monotonic()):
+                self._leave()
 
-        Returns whether it is the first, as far as the store answers, and whether rank 0 knows it.
-        """
-        message = json.dumps({"rank": rank, "text": text})
-
-        def post() -> tuple[bool, bool]:
-            is_first = self._store.compare_set(_FAILURE, "", message).decode() == message
-            return is_first, self._rank == 0 or self._await_seen([0])
-
-        return self._ask(post, 2 * _PATIENCE) or (True, False)
-
-    def _await_seen(self, ranks: Sequence[int]) -> bool:
-        """Wait for a while until ``ranks`` know of the failure; whether they do."""
-        keys = [f"{_SEEN}/{rank}" for rank in ranks]
-        deadline = time.monotonic() + _PATIENCE
-        while keys and not self._store.check(keys) and time.monotonic() < deadline:
-            self._beat()
-        return not keys or self._store.check(keys)
-
-    def _hanging(self, what: str) -> BaseException:
-        """The error of a wait that took too long; stops the rank that is to blame, if it runs on this host."""
-        found = self._ask(self._find_hanging, 2 * _PATIENCE)
-        culprit, stack = (0, "") if found is None else found  # without an answer: rank 0 holds the store
-        if self.failure is not None:
-            return self._own_error(self.failure)
-        if culprit is None:
-            text = (
-                f"{what}, for {self._timeout:g} s so far, and so do all others: the ranks have come apart. A callback "
-                "or hook that communicates, stops or skips must do so on every rank."
-            )
-        else:
-            text = (
-                f"{self._names[culprit]} hangs, and with it the run: {what}, for {self._timeout:g} s so far. If a step "
-                f"may take longer, raise DGLStrategy(timeout=...).{stack}"
-            )
-        to_blame = self._rank if culprit is None else culprit
-        is_first, is_seen = self._post(to_blame, text)
-        self._is_loud |= is_first and (culprit == 0 or not is_seen)  # then rank 0 cannot show it
-        if culprit is not None and self.processes:
-            host, pid = self.processes[culprit]
-            if host == socket.gethostname():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        self._fail(to_blame, text)
-        return self._own_error(RankFailedError(text))
-
-    def _find_gone(self, error: BaseException) -> None:
-        """A collective has broken down: wait for the one who left to say why; if nobody does, find who is silent."""
-        before = self._pulses()
-        deadline = time.monotonic() + _PATIENCE
-        while self.failure is None and time.monotonic() < deadline:
-            self._beat()
-            self._look_for_failure()
-        if self.failure is None and (stopped := self._stopped_between(before, self._pulses())):
-            self._post_gone(stopped[0], error)
-            self._look_for_failure()
-
-    def _find_hanging(self) -> tuple[int | None, str]:
-        before = self._pulses()
-        self._beat(times=4)
-        after = self._pulses()
-        ranks = [rank for rank in range(len(self._names)) if rank != self._rank]
-        stopped = self._stopped_between(before, after)
-        busy = [rank for rank in ranks if all(pulse[rank].endswith(" 0") for pulse in (before, after))]
-        culprit = next(iter(stopped + busy), None)
-        if culprit is None or culprit in stopped:
-            return culprit, ""
-        self._store.set(f"lightning_dgl/suspect/{culprit}", "")
-        self._beat(times=4)
-        key = f"lightning_dgl/stack/{culprit}"
-        stack = self._store.get(key).decode() if self._store.check([key]) else ""
-        return culprit, f" It is here:\n\n{stack}"
-
-    def _stopped_between(self, before: list[str], after: list[str]) -> list[int]:
-        """The ranks whose hearts have not beaten."""
-        return [
-            rank
-            for rank, (then, now) in enumerate(zip(before, after, strict=True))
-            if rank != self._rank and then.split()[0] == now.split()[0]
-        ]
-
-    def _pulses(self) -> list[str]:
-        keys = [f"lightning_dgl/pulse/{rank}" for rank in range(len(self._names))]
-        return [self._store.get(key).decode() if self._store.check([key]) else "0 0" for key in keys]
-
-    def _ask(self, task: Callable[[], T], patience: float) -> T | None:
-        """Let the thread do ``task``, as talking to the store may block; None if it is not done in time."""
-        answer: list[T] = []
+    def ask(self, task: Callable[[], object]) -> None:
+        """Let this thread do ``task``; wait for it, but give up after a while. The main thread calls this."""
         done = threading.Event()
 
         def run() -> None:
-            try:
-                answer.append(task())
-            finally:
-                done.set()
+            self._try(task)
+            done.set()
 
         self._tasks.put(run)
-        done.wait(patience)
-        return answer[0] if answer else None
+        done.wait(3 * PATIENCE)
 
-    # The thread
+    def _try(self, task: Callable[[], object]) -> None:
+        try:
+            task()
+        except RuntimeError as error:  # of the store
+            if not self.stopped.is_set():
+                self._state.store_lost(str(error), time.monotonic())
 
-    def _beat(self, times: int = 1) -> None:
-        """Show that this rank is alive, and whether it waits, and rest for an interval; several times."""
-        for _ in range(times):
-            self._beats += 1
-            self._store.set(f"lightning_dgl/pulse/{self._rank}", f"{self._beats} {int(self._waiting > 0)}")
-            self._stopped.wait(self.interval)
+    def _beat(self) -> None:
+        self.stopped.wait(Watchdog.interval)  # first, so that a broken store is not asked without a pause
+        self._beats += 1
+        self._write(f"pulse/{self._rank}", [self._beats, self.num_waits > 0])
 
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._look_for_failure()
-                self._beat()
-                self._tasks.get_nowait()()
-            except queue.Empty:
-                pass
-            except RuntimeError as error:  # the store's host does not answer
-                if self.failure is None and not self._stopped.is_set():
-                    self._is_loud |= self._rank == 1  # in rank 0's place
-                    self._fail(0, self._gone(0, error))
-                time.sleep(self.interval)
-            if self.failure is not None and time.monotonic() - self._failed_at > _GRACE:
-                self._leave()
+    def _beat_until(self, ready: Callable[[], bool], seconds: float) -> bool:
+        """Beat until ``ready`` returns True, for some seconds at most; return whether it did."""
+        deadline = time.monotonic() + seconds
+        while not (is_ready := ready()) and time.monotonic() < deadline:
+            self._beat()
+        return is_ready
 
-    def _look_for_failure(self) -> None:
-        if self.failure is not None:
-            return
-        suspect = f"lightning_dgl/suspect/{self._rank}"
-        if self._store.check([suspect]):
-            frame = sys._current_frames().get(self._main_thread)
+    def _look(self) -> bool:
+        """Look for failures: posted ones, exited children, and a suspicion that nobody explained.
+
+        Return whether a failure is known.
+        """
+        if self._state.failure is not None:
+            return True
+        now = time.monotonic()
+        for peer, child in enumerate(self._children, self._rank + 1):
+            if child.poll():  # it has ended, and not well
+                self._state.child_exited(peer, child.returncode, now)
+        if self._store.check([suspect := f"suspect/{self._rank}"]):
             self._store.delete_key(suspect)
-            self._store.set(f"lightning_dgl/stack/{self._rank}", "".join(traceback.format_stack(frame)))
-        if self._store.check([_FAILURE]):
-            failure = json.loads(self._store.get(_FAILURE))
-            self._store.set(f"{_SEEN}/{self._rank}", "")
-            self._fail(failure["rank"], failure["text"])
-        elif self._lost is not None and time.monotonic() - self._lost[2] > self.interval * (3 if self._children else 8):
-            # The one that has launched the lost rank knows more, and speaks first.
-            self._post_gone(*self._lost[:2])
-        else:
-            for i, child in enumerate(self._children):
-                if child.poll():  # neither running nor finished well
-                    self.lost(self._rank + 1 + i, RuntimeError(_exit_in_words(child.returncode)))
+            frame = sys._current_frames().get(self._main_thread)
+            self._write(f"stack/{self._rank}", "".join(traceback.format_stack(frame)))
+        if (posted := self._read("failure")) is not None:
+            self._learn(Failure(*posted))
+        elif (failure := self._state.unexplained(now)) is not None:
+            self.post(failure)
+        return self._state.failure is not None
 
-    def _post_gone(self, peer: int, error: BaseException) -> None:
-        self._store.compare_set(_FAILURE, "", json.dumps({"rank": peer, "text": self._gone(peer, error)}))
+    # What the main thread asks for
 
-    def _gone(self, peer: int, error: BaseException) -> str:
-        how = str(error)
-        for i, child in enumerate(self._children):
-            if peer == self._rank + 1 + i and child.poll():
-                how = _exit_in_words(child.returncode)
-        return (
-            f"{self._names[peer]} has gone without a word, and with it the run: it was killed, ran out of memory, or "
-            f"crashed ({how})."
-        )
+    def post(self, failure: Failure) -> None:
+        """Post ``failure`` and learn the failure of the run: this one, or one that was posted before."""
+        first = Failure(*json.loads(self._store.compare_set("failure", "", json.dumps(failure))))
+        # Whether rank 0 prints must be clear before the main thread sees the failure.
+        self._learn(first, 0 in (self._rank, first.rank) or self.await_known([0]))
 
-    def _fail(self, rank: int, text: str) -> None:
-        if self.failure is None:
-            self._failed_rank = rank
-            self._failed_at = time.monotonic()
-            self.failure = RankFailedError(text)
+    def await_known(self, ranks: Sequence[int]) -> bool:
+        """Wait until ``ranks`` know the failure, for PATIENCE seconds at most; return whether they do."""
+        keys = [f"known/{rank}" for rank in ranks]
+        return self._beat_until(lambda: not keys or self._store.check(keys), PATIENCE)
+
+    def explain(self, how: str) -> None:
+        """Wait for a rank to post why a collective broke; if none does, post that one is gone whose heart stopped."""
+        stopped, _ = self._suspects(PATIENCE)
+        if stopped and self._state.failure is None:
+            self.post(self._state.gone(stopped[0], how))
+
+    def blame(self, peer: int | None, what: str) -> None:
+        """Find and post which rank makes this one wait too long, for ``peer`` to do ``what``."""
+        stopped, busy = self._suspects(_FEW_BEATS)
+        if self._state.failure is not None:
+            return
+        culprit, stack = next(iter(stopped + busy), None), None
+        if culprit in busy:
+            self._write(f"suspect/{culprit}", "")
+            self._beat_until(lambda: self._store.check([f"stack/{culprit}"]), _FEW_BEATS)
+            stack = self._read(f"stack/{culprit}")
+        self.post(self._state.overdue(culprit, peer, what, stack))
+
+    def _suspects(self, seconds: float) -> tuple[list[int], list[int]]:
+        """Return the ranks whose hearts stopped, and the busy ones, after some seconds or as soon as a rank fails."""
+        before = self._pulses()
+        self._beat_until(self._look, seconds)
+        return find_suspects(self._rank, before, self._pulses())
+
+    def _pulses(self) -> list[Pulse]:
+        return [Pulse(*(self._read(f"pulse/{rank}") or (0, False))) for rank in range(self._num_ranks)]
+
+    def _learn(self, failure: Failure, rank_0_knows: bool = True) -> None:
+        self._write(f"known/{self._rank}", "")
+        self._state.learn(failure, time.monotonic(), rank_0_knows)
+
+    def _read(self, key: str) -> Any:
+        """Return the value of ``key``; None if it is not there."""
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _write(self, key: str, value: object) -> None:
+        self._store.set(key, json.dumps(value))
 
     def _leave(self) -> None:
-        """The main thread has not noticed: it is busy, or stuck in a collective that no longer has all its ranks."""
-        if self._is_loud:
-            print(f"{type(self).__name__}: {self.failure}", file=sys.stderr, flush=True)
+        """End the process: the main thread is busy, or stuck in a collective that no longer has all its ranks."""
+        if self._state.prints and self._state.failure is not None:
+            print(f"Watchdog: {self._state.failure.text}", file=sys.stderr, flush=True)
         for child in self._children:
             child.kill()
         os._exit(1)
-
-
-def _exit_in_words(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def this_process() -> Process:
-    """Where this rank runs."""
-    return Process(socket.gethostname(), os.getpid())

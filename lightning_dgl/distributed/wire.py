@@ -81,12 +81,6 @@ class _End:
     def _run(self) -> None:
         raise NotImplementedError
 
-    def _wait_until(self, ready: Callable[[], bool], what: str) -> None:
-        """Wait for the peer to do ``what``, and count the time."""
-        began = time.monotonic()
-        self._watchdog.wait_until(ready, self._peer, what)
-        self.seconds_waited += time.monotonic() - began
-
 
 class Outbox(_End):
     """The sending end of a wire: ``put`` hands a parcel to the thread, and waits while another one waits there.
@@ -105,7 +99,7 @@ class Outbox(_End):
         Raises:
             RankFailedError: if the receiver fails, or takes nothing for as long as the strategy's timeout.
         """
-        self._put(self._packed(address, tensors))
+        self._put(self._packed(address, tensors), "to take the next batch")
 
     def offer(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
         """Like :meth:`put`, but never block: drop the oldest queued parcel if the queue is full."""
@@ -122,13 +116,13 @@ class Outbox(_End):
 
     def close(self) -> None:
         """Tell the receiver that nothing follows, and wait until everything is sent."""
-        self._put(None)
+        self._put(None, "to take the next batch")
 
         def is_sent() -> bool:
             self._thread.join(self._watchdog.interval)
             return not self._thread.is_alive()
 
-        self._wait_until(is_sent, "to take what was sent to it")
+        self.seconds_waited += self._watchdog.wait_until(is_sent, self._peer, "to take what was sent to it")
 
     def _packed(self, address: Address, items: Sequence[Tensor | Message]) -> Any:
         tensors = [_dense(tensor.detach()) for tensor in tensors_of(items)]
@@ -136,15 +130,8 @@ class Outbox(_End):
         event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
         return header, tensors, event
 
-    def _put(self, item: Any) -> None:
-        def has_room() -> bool:
-            try:
-                self._queue.put(item, timeout=self._watchdog.interval)
-            except queue.Full:
-                return False
-            return True
-
-        self._wait_until(has_room, "to take the next batch")
+    def _put(self, item: Any, what: str) -> None:
+        self.seconds_waited += self._watchdog.put(self._queue, item, self._peer, what)
 
     @override
     def _run(self) -> None:
@@ -204,15 +191,10 @@ class Inbox(_End):
         self._thread.join()
 
     def _take(self, what: str) -> Parcel | None:
-        taken: list[Parcel | None] = []
-
-        def has_arrived() -> bool:
-            with suppress(queue.Empty):
-                taken.append(self._queue.get(timeout=self._watchdog.interval))
-            return bool(taken)
-
-        self._wait_until(has_arrived, what)
-        return taken[0]
+        parcel: Parcel | None
+        parcel, seconds = self._watchdog.take(self._queue, self._peer, what)
+        self.seconds_waited += seconds
+        return parcel
 
     def _usable(self, tensors: Sequence[Any]) -> Sequence[Any]:
         if self._on_accelerator:
@@ -291,7 +273,7 @@ class ReplayInbox(Inbox):
                     read.append(self.buffer.get(beyond_max_reuse=True))
             return bool(read)
 
-        self._wait_until(can_read, "to send another batch")
+        self.seconds_waited += self._watchdog.wait_until(can_read, self._peer, "to send another batch")
         return self._usable(read[0])
 
     def _is_ready(self, address: Address) -> bool:
