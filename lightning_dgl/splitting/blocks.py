@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-from lightning_dgl.splitting.code import Code
+from lightning_dgl.splitting.compiled_call import CompiledCall
 from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.graph_function import GraphFunction
 from lightning_dgl.splitting.trace import ModuleCall, Trace
 
 
@@ -24,20 +25,19 @@ class Block(nn.Module):
     """
 
     _network: nn.Module
-    _extent: str
-    _code: dict[bool, Code]
-    _is_compiled = False
 
-    def __init__(self, network: nn.Module, extent: str, code: dict[bool, Code], graphs: Iterable[fx.Graph]) -> None:
+    def __init__(self, network: nn.Module, extent: str, graphs: dict[bool, fx.Graph]) -> None:
         super().__init__()
-        self._extent = extent  # attributes are private: submodules of any name may be attached
+        # Attributes are private, because submodules of any name are attached.
+        self._extent = extent
+        self._functions = {mode: GraphFunction.of(graph) for mode, graph in graphs.items()}
+        self._compiled: dict[bool, CompiledCall] = {}
         # Not registered: the block is a piece of the network, not its owner.
         self.__dict__["_network"] = network
-        self.__dict__["_code"] = code
         containers: dict[str, None] = {}
         # Buffers of modules that a cut passes through stay with the network, which reads and moves them.
         self._cut_through_buffers: list[tuple[str, str]] = []
-        for graph in graphs:
+        for graph in graphs.values():
             for node in graph.nodes:
                 if node.op in ("call_module", "get_attr"):
                     path = str(node.target)
@@ -66,12 +66,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Run the piece on ``x``, in the network's present mode."""
-        return self._code[self._network.training](self._network, x, self._is_compiled)
+        mode = self._network.training
+        function = self._functions[mode]
+        return self._compiled[mode](function, self._network, x) if self._compiled else function(self._network, x)
 
     @override
     def compile(self) -> None:  # type: ignore[override]
-        """Run what ``torch.compile`` makes of the piece from now on; it is compiled when it is called."""
-        self._is_compiled = True
+        """Run the piece through ``torch.compile`` from now on; it is compiled when it is first called."""
+        self._compiled = {True: CompiledCall(), False: CompiledCall()}
 
     @property  # type: ignore[no-redef]
     def training(self) -> bool:
@@ -132,8 +134,7 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
         names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
         name = _from_to(names[0], points[j].name if j < len(points) else names[-1])
-        code = {mode: Code.of_graph(graph) for mode, graph in pair.items()}
-        blocks.append(Block(traced.network, name, code, pair.values()))
+        blocks.append(Block(traced.network, name, pair))
     _check_nothing_shared(blocks)
     return blocks
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
-from lightning_dgl.splitting.dry_run import FakeRun, dry_run, in_mode, preserved_state
+from lightning_dgl.splitting.meta_twin import dry_run
+from lightning_dgl.splitting.network_state import in_mode, preserved_state
 from lightning_dgl.splitting.trace import run_node
 
 HeadFactory = Callable[[SplitPoint], nn.Module]
@@ -47,11 +48,18 @@ def flops(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
 
 
 def count_flops(module: nn.Module, example_input: Tensor) -> float:
-    """Forward FLOPs of ``module`` for one sample of ``example_input``; nothing is computed."""
-    fake = FakeRun(module)
-    with in_mode(module, True), fake.active(), FlopCounterMode(display=False) as counter:
-        module(fake.fake(example_input))
-    return counter.get_total_flops() / len(example_input)
+    """Count the forward FLOPs of ``module`` for one sample of ``example_input``, in train mode.
+
+    Raises:
+        SplitError: if the example does not pass through ``module``.
+    """
+
+    def run(module: nn.Module, x: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        return counter.get_total_flops()
+
+    return dry_run(module, example_input, True, run) / len(example_input)
 
 
 # Bytes that autograd holds for backward, for one sample
@@ -92,18 +100,18 @@ class _Held:
 
 def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
     """Bytes that autograd holds for backward, for one sample: the activations of a block, its input and its head's."""
-    network, trace = traced.network, traced.traces[True]
+    trace = traced.traces[True]
 
-    def run(example_input: Tensor) -> _Held:
+    def run(network: nn.Module, x: Tensor) -> _Held:
         held = _Held([*network.parameters(), *network.buffers()])
         values: dict[fx.Node, Any] = {}
         with torch.enable_grad(), held.saving():
             for node in trace.graph.nodes:
                 held.step = trace.order.get(node, held.step)
-                values[node] = example_input if node.op == "placeholder" else run_node(network, node, values)
+                values[node] = x if node.op == "placeholder" else run_node(network, node, values)
         return held
 
-    held = dry_run(network, traced.example_input, True, run)
+    held = dry_run(traced.network, traced.example_input, True, run)
     num_samples = len(traced.example_input)
     positions = [traced.cuts[True][point.name].position for point in traced.usable]
     return Costs(

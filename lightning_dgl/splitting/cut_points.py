@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_dgl.splitting.dry_run import dry_run, example_batch
-from lightning_dgl.splitting.trace import ModuleCall, Trace, run_node, trace
+from lightning_dgl.splitting.example_batch import example_batch
+from lightning_dgl.splitting.meta_twin import dry_run
+from lightning_dgl.splitting.trace import ModuleCall, Trace, run_node
+from lightning_dgl.splitting.tracer import trace
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
     """Trace ``network`` in both modes and find the places where it can be cut in both."""
     example_input = example_batch(network, example_input)
     traces = trace(network, example_input)
-    runs = {mode: dry_run(network, example_input, mode, partial(_run, network, traces[mode])) for mode in (True, False)}
+    runs = {mode: dry_run(network, example_input, mode, partial(_run, traces[mode])) for mode in (True, False)}
     cuts = {mode: _find_cuts(network, traces[mode], runs[mode]) for mode in (True, False)}
     points = []
     for names, cut in cuts[True]:
@@ -163,7 +165,7 @@ class _Run:
         return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
 
 
-def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
+def _run(trace: Trace, network: nn.Module, example_input: Tensor) -> _Run:
     values: dict[fx.Node, Any] = {}
     flops: list[int] = []
     versions: dict[tuple[fx.Node, int], int] = {}

@@ -15,8 +15,9 @@ from lightning_dgl.splitting.balance import choose_points
 from lightning_dgl.splitting.blocks import build_blocks
 from lightning_dgl.splitting.costs import HeadFactory, count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
-from lightning_dgl.splitting.dry_run import example_batch, in_mode, preserved_state
 from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.example_batch import example_batch
+from lightning_dgl.splitting.network_state import in_mode, preserved_state
 
 
 @dataclass(frozen=True)
