@@ -32,7 +32,7 @@ class CompiledCall:
         # torch keeps at most eight graphs for one piece of code, and all blocks, and all heads of a class, run the same
         # code. A copied function has code of its own, and with it eight graphs of its own. (From torch 2.13 on,
         # torch.compile(..., isolate_recompiles=True) does the same.)
-        return torch.compile(FunctionType(_call.__code__.replace(), {}))
+        return torch.compile(FunctionType(_call.__code__.replace(), globals()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
