@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_dgl import split
 from lightning_dgl.splitting.balance import balanced_cuts
 from tests.conftest import small_cnn
-from tests.networks import assert_equivalent
+from tests.splitting.networks import assert_equivalent
 
 
 def brute_force(
