@@ -77,7 +77,7 @@ class Block(nn.Module):
 
     @property  # type: ignore[no-redef]
     def training(self) -> bool:
-        """The network's mode."""
+        """The network's mode: True in train mode."""
         return self._network.training
 
     @training.setter
@@ -88,7 +88,7 @@ class Block(nn.Module):
                 self._network.get_submodule(path).training = mode
 
     def tensors(self) -> list[Tensor]:
-        """Everything the block holds: its parameters, its buffers, and those buffers of the network that it reads."""
+        """Return everything the block holds: parameters, buffers, and those buffers of the network that it reads."""
         outside = [self._network.get_submodule(path)._buffers[name] for path, name in self._cut_through_buffers]
         return [*self.parameters(), *self.buffers(), *(buffer for buffer in outside if buffer is not None)]
 
@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 
 def extent(block: nn.Module) -> str:
-    """What a block contains, "first module to last module"; ``block`` may also be a whole network."""
+    """Name what a block contains, "first module to last module"; ``block`` may also be a whole network."""
     if isinstance(block, Block):
         return block._extent
     names = [name for name, _ in block.named_children()]

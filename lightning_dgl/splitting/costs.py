@@ -1,4 +1,4 @@
-"""What blocks cost: FLOPs, memory held for backward, or measured time, up to each place where a network can be cut."""
+"""The costs of blocks: FLOPs, memory held for backward, or measured time, up to each place to cut a network."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
+from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.meta_twin import dry_run
 from lightning_dgl.splitting.network_state import in_mode, preserved_state
 from lightning_dgl.splitting.trace import run_node
@@ -42,7 +43,7 @@ class Costs:
 
 
 def flops(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
-    """Forward FLOPs for one sample."""
+    """Count forward FLOPs for one sample."""
     upto = [*(point.cost for point in traced.usable), traced.cost]
     return Costs(upto, _of_heads(traced, make_head, count_flops), [0.0] * len(traced.usable))
 
@@ -66,7 +67,7 @@ def count_flops(module: nn.Module, example_input: Tensor) -> float:
 
 
 class _Held:
-    """The storages that autograd saves inside ``saving``, and the first and last step at which it did."""
+    """Records which storages autograd saves inside ``saving``, and the first and last step at which it saves each."""
 
     def __init__(self, left_out: list[Tensor]) -> None:
         self.step = 0
@@ -94,12 +95,12 @@ class _Held:
         return sum(size for key, size in self.size.items() if self.first[key] <= step)
 
     def across(self, step: int) -> int:
-        """Bytes saved up to ``step`` and again after it: a block that begins there holds them once more."""
+        """Return the bytes saved up to ``step`` and again after it: a block that begins there holds them once more."""
         return sum(size for key, size in self.size.items() if self.first[key] <= step < self.last[key])
 
 
 def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
-    """Bytes that autograd holds for backward, for one sample: the activations of a block, its input and its head's."""
+    """Count the bytes that autograd holds for backward, for one sample: in a block, at its input and in its head."""
     trace = traced.traces[True]
 
     def run(network: nn.Module, x: Tensor) -> _Held:
@@ -132,7 +133,7 @@ def _head_memory(head: nn.Module, features: Tensor) -> float:
 
 
 def seconds(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
-    """Seconds of forward and backward of the example batch."""
+    """Measure seconds of forward and backward of the example batch."""
     return Costs(
         measure_segments(traced),
         _of_heads(traced, make_head, measure_head, compute=True),
@@ -141,10 +142,10 @@ def seconds(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
 
 
 def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
-    """Seconds of forward and backward up to each usable split point, and last of the whole network.
+    """Measure seconds of forward and backward up to each usable split point, and last of the whole network.
 
-    Each stretch between two neighbouring split points is run by itself on the example batch in train mode, as a block
-    of its own would be; the median of ``repeats`` runs counts.
+    Each stretch between two neighbouring split points is run on the example batch in train mode, as if it were a block;
+    the median of ``repeats`` runs counts.
     """
     network, trace = traced.network, traced.traces[True]
     boundaries = [traced.cuts[True][point.name] for point in traced.usable]
@@ -177,7 +178,7 @@ def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
 
 
 def measure_head(head: nn.Module, example_input: Tensor, repeats: int = 5) -> float:
-    """Seconds of one forward and backward of ``head`` in train mode; median of ``repeats``."""
+    """Measure seconds of one forward and backward of ``head`` in train mode; the median of ``repeats`` counts."""
     runs = []
     with preserved_state(head), in_mode(head, True), torch.enable_grad():
         for _ in range(repeats + 1):
@@ -209,7 +210,7 @@ def _of_heads(
     measure: Callable[[nn.Module, Tensor], float],
     compute: bool = False,
 ) -> list[float]:
-    """``measure(head, features)`` at each usable split point, on meta tensors unless it is to ``compute``."""
+    """Return ``measure(head, features)`` at each usable split point; on meta tensors unless ``compute`` is True."""
     if make_head is None:
         return [0.0] * len(traced.usable)
     known: dict[torch.Size, float] = {}
@@ -223,7 +224,7 @@ def _of_heads(
                     with torch.device("meta"):
                         known[shape] = measure(make_head(point), torch.empty(shape))
                     continue
-                except (NotImplementedError, RuntimeError):  # a head of the user's own that needs real weights
+                except (NotImplementedError, RuntimeError, SplitError):  # a user's head that needs real weights
                     pass
             device = traced.example_input.device
             known[shape] = measure(make_head(point).to(device), torch.randn(shape, device=device))
@@ -235,4 +236,4 @@ COSTS: dict[str, Callable[[TracedNetwork, HeadFactory | None], Costs]] = {
     "memory": memory,
     "time": seconds,
 }
-"""What blocks can be balanced by."""
+"""The choices for ``balance``."""

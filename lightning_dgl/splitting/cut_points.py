@@ -1,4 +1,9 @@
-"""Where a network can be cut: the places in its forward where exactly one tensor crosses."""
+"""Where a network can be cut: the places in its forward where exactly one tensor crosses.
+
+They are found in three steps: trace the network (once, or once for each mode), run the traced operations without data
+to see shapes, costs and in-place changes, and look for the places after which one value alone is alive (drawn in
+``trace.py``). Then each place is judged: how natural a cut it is, and which dimension of its tensor holds channels.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +56,7 @@ class SplitPoint:
 
     @property
     def spatial_size(self) -> int | tuple[int, int]:
-        """Height and width of the crossing tensor seen as (N, C, H, W): one number where they are equal.
+        """Height and width of the crossing tensor as (N, C, H, W): one number where they are equal, else a pair.
 
         A sequence of L tokens counts as (L, 1), a plain feature vector as 1.
         """
@@ -59,7 +64,7 @@ class SplitPoint:
         return height if height == width else (height, width)
 
     def as_images(self, x: Tensor) -> Tensor:
-        """View a crossing tensor as (N, C, H, W), which is what auxiliary heads read."""
+        """View a crossing tensor ``x`` of any layout as (N, C, H, W), which auxiliary heads read."""
         x = x.movedim(self.channel_dim, 1)
         if x.ndim > 4:
             return x.flatten(2, -2)
@@ -76,15 +81,22 @@ class Cut:
 
 @dataclass(frozen=True)
 class TracedNetwork:
-    """A network, its traces by mode (True: train), and every place where it can be cut."""
+    """A network, its traces by mode (True: train), and every place where it can be cut.
+
+    Attributes:
+        points: the places that exist in both modes, in forward order.
+        cuts: where each point is in the trace of each mode, by the point's name.
+        tied: names of the points that have the same parameter or buffer on both sides.
+        cost: forward FLOPs of the whole network, for one sample.
+    """
 
     network: nn.Module
     example_input: Tensor
     traces: dict[bool, Trace]
     points: list[SplitPoint]
     cuts: dict[bool, dict[str, Cut]]
-    tied: set[str]  # names of the points that have the same parameter or buffer on both sides
-    cost: float  # forward FLOPs of the whole network, for one sample
+    tied: set[str]
+    cost: float
 
     @property
     def usable(self) -> list[SplitPoint]:
@@ -123,6 +135,7 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
     cuts = {mode: _find_cuts(network, traces[mode], runs[mode]) for mode in (True, False)}
     points = []
     for names, cut in cuts[True]:
+        # Blocks switch between the modes, so their borders must be the same places in both.
         same = [other for other_names, other in cuts[False] if other_names == names]
         if not same or runs[True].shapes[cut.node] != runs[False].shapes[same[0].node]:
             continue
@@ -153,7 +166,7 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
 
 @dataclass
 class _Run:
-    """What one pass over the operations of a trace showed."""
+    """The findings of one dry run of a trace's operations."""
 
     shapes: dict[fx.Node, tuple[int, ...]]  # of every node that is a tensor
     flops: list[int]  # forward FLOPs up to and including each operation
@@ -161,7 +174,10 @@ class _Run:
     final_versions: dict[fx.Node, int]
 
     def overwritten(self, cut: Cut) -> bool:
-        """Whether something after ``cut`` changed the tensor that crosses it, in place."""
+        """Return whether an operation after ``cut`` changed the tensor that crosses it, in place.
+
+        PyTorch counts in-place changes in ``tensor._version``, changes through views included.
+        """
         return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
 
 
@@ -177,6 +193,7 @@ def _run(trace: Trace, network: nn.Module, example_input: Tensor) -> _Run:
                 continue
             position = trace.order[node]
             flops.append(counter.get_total_flops())
+            # The version now; an operation before this one may have worked in place, which does no harm.
             if isinstance(values.get(crossing.get(position)), Tensor):  # type: ignore[arg-type]
                 versions[crossing[position], position] = values[crossing[position]]._version
     tensors = {node: value for node, value in values.items() if isinstance(value, Tensor)}
@@ -192,9 +209,14 @@ def _run(trace: Trace, network: nn.Module, example_input: Tensor) -> _Run:
 
 
 def _single_crossings(trace: Trace) -> dict[int, fx.Node]:
-    """For each position after which exactly one value is still needed: that value's node."""
+    """Map each position after which exactly one value is alive to that value's node.
+
+    A value is alive from the operation that makes it to the last one that reads it. The network's output counts as
+    read at the end. Parameters and buffers do not count: every block can read them.
+    """
     ops, order, end = trace.operations, trace.order, len(trace.operations)
     placeholder = next(iter(trace.graph.nodes))
+    # A node without number is the graph's output, which comes last.
     last_use = {node: max((order.get(user, end) for user in node.users), default=-1) for node in (placeholder, *ops)}
     crossings = {}
     alive = {placeholder}
@@ -207,12 +229,15 @@ def _single_crossings(trace: Trace) -> dict[int, fx.Node]:
 
 
 def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[str], Cut]]:
-    """Every cut with its names, outermost module first, in forward order."""
+    """Return every cut with its names, outermost module first, in forward order."""
     positions: dict[fx.Node, list[int]] = {}
     for position, node in _single_crossings(trace).items():
-        if node in run.shapes and len(run.shapes[node]) >= 2:
+        if node in run.shapes and len(run.shapes[node]) >= 2:  # a tensor with samples and channels
             positions.setdefault(node, []).append(position)
 
+    # The same value may cross alone at several positions: operations in between, such as an assertion about its
+    # shape, make nothing that is read later. Prefer a position after which it is not overwritten, then one outside of
+    # modules, which blocks can then call whole; among equals, the first.
     def preference(node: fx.Node, position: int) -> tuple[bool, int, int]:
         depth = sum(start <= position < stop for _, start, stop in trace.spans)
         return run.overwritten(Cut(node, position)), depth, position
@@ -225,7 +250,7 @@ def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[s
 
 
 def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -> set[str]:
-    """Names of the cuts that have the same parameter, or the same module with buffers, on both sides."""
+    """Return names of the cuts that have the same parameter, or the same module with buffers, on both sides."""
     uses: dict[int, list[int]] = {}
     for position, node in enumerate(trace.operations):
         tensors: list[Tensor] = []
@@ -241,10 +266,11 @@ def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -
 
 
 def _names(trace: Trace) -> dict[fx.Node, list[str]]:
+    """Name each node after the modules that returned it, outermost first, else after its operation."""
     total = Counter(path for path, _ in trace.returns)
     seen: Counter[str] = Counter()
     names: dict[fx.Node, list[str]] = {}
-    for path, node in trace.returns:
+    for path, node in trace.returns:  # inner calls come first
         seen[path] += 1
         names.setdefault(node, []).insert(0, path if total[path] == 1 else f"{path}@{seen[path]}")
 
@@ -270,13 +296,15 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 
 
 def is_composite(module: nn.Module) -> bool:
-    """Whether ``module`` has children and does more than to call them one after another."""
+    """Return whether ``module`` has children and does more than call them one after another."""
     return next(module.children(), None) is not None and type(module).forward is not nn.Sequential.forward
 
 
 def _rank(network: nn.Module, trace: Trace, cut: Cut) -> int:
+    """Return the rank that :class:`SplitPoint` describes."""
     returned_by = [network.get_submodule(path) for path, node in trace.returns if node is cut.node]
     rank = 0 if any(is_composite(module) for module in returned_by) else _operation_rank(network, cut.node)
+    # Inside a module of a repeated class, such as a residual block, a cut takes apart what the author made one piece.
     classes = Counter(type(network.get_submodule(path)) for path, _, _ in trace.spans)
     inside = [network.get_submodule(path) for path, start, stop in trace.spans if start <= cut.position < stop]
     return rank + any(is_composite(module) and classes[type(module)] > 1 for module in inside)
@@ -295,7 +323,11 @@ def _operation_rank(network: nn.Module, node: fx.Node) -> int:
 
 
 def _channel_dim(network: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
-    """Which dimension of ``node`` holds the channels: asked of the layers around it, else guessed from its shape."""
+    """Return which dimension of ``node`` holds the channels, going by the layers around it, else by its shape.
+
+    Walk from ``node`` to the operations that read it, through those that keep its shape (activations, sums), until a
+    layer tells by its kind: a convolution has channels at 1, a linear layer at -1. If none does, walk the other way.
+    """
     shape = shapes[node]
     if len(shape) == 2:
         return 1
@@ -311,12 +343,14 @@ def _channel_dim(network: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[
                 if shapes.get(other) == shape and other not in seen and kind is None and not _moves_dims(other):
                     seen.add(other)
                     queue.append(other)
+    # No layer tells. Images are square more often than not: (N, H, H, C) is channels last.
     if len(shape) == 4 and not (shape[1] == shape[2] != shape[3]):
         return 1
     return -1
 
 
 def _layout(network: nn.Module, node: fx.Node) -> int | None:
+    """Return the dimension at which the layer ``node`` has channels, None if any would do."""
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         if isinstance(module, _CHANNELS_FIRST):

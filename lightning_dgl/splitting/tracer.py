@@ -107,7 +107,7 @@ def _modes(modes: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 class _InPlaceProxy(Proxy):
-    """Records augmented and item assignment as what they are; a plain Proxy turns ``x += 1`` into ``x = x + 1``."""
+    """Records augmented and item assignment as they are; a plain Proxy turns ``x += 1`` into ``x = x + 1``."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

@@ -1,6 +1,6 @@
 """torchvision's classification models at K = 4: the blocks are the network, bit for bit.
 
-One model of each family by default; all of them with ``pytest tests/splitting/test_torchvision_models.py --all-models``.
+One model of each family by default; ``pytest tests/splitting/test_torchvision_models.py --all-models`` takes all.
 """
 
 from __future__ import annotations
