@@ -44,12 +44,9 @@ def balanced_cuts(
     inputs = [0.0] * len(ranks) if input_costs is None else input_costs
 
     def cost_between(allowed: Sequence[int]) -> BlockCost:
-        def cost(i: int, j: int) -> float:
-            start = inputs[allowed[i]] - costs[allowed[i]] if i >= 0 else 0.0
-            end = costs[-1] if j == len(allowed) else costs[allowed[j]] + head_costs[allowed[j]]
-            return start + end
-
-        return cost
+        starts = [0.0, *(inputs[i] - costs[i] for i in allowed)]
+        ends = [*(costs[i] + head_costs[i] for i in allowed), costs[-1]]
+        return lambda i, j: starts[i + 1] + ends[j]
 
     everywhere = range(len(ranks))
     bound = _smallest_bound(len(ranks), cost_between(everywhere), num_blocks)

@@ -124,7 +124,7 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         SplitError: if two blocks would share a parameter, or a module with state.
     """
     graphs = {
-        mode: _block_graphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points])
+        mode: _BlockGraphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points]).graphs
         for mode in (True, False)
     }
     blocks = nn.ModuleList()
@@ -139,21 +139,16 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
     return blocks
 
 
-def _block_graphs(trace: Trace, cuts: Sequence[Cut]) -> list[fx.Graph]:
-    builder = _GraphBuilder(trace, cuts)
-    builder.add(trace.root)
-    return builder.finish()
-
-
-class _GraphBuilder:
+class _BlockGraphs:
     """Writes the operations of a trace into one graph for each block, whole module calls wherever possible."""
 
     def __init__(self, trace: Trace, cuts: Sequence[Cut]) -> None:
         self.graphs: list[fx.Graph] = []
-        self._trace = trace
         self._cuts = list(cuts)
         self._order = trace.order
         self._open(next(iter(trace.graph.nodes)))
+        self._add(trace.root)
+        self._close(next(iter(reversed(trace.graph.nodes))).args[0])
 
     def _open(self, source: fx.Node) -> None:
         self._graph = fx.Graph()
@@ -164,17 +159,13 @@ class _GraphBuilder:
         self._graph.lint()
         self.graphs.append(self._graph)
 
-    def finish(self) -> list[fx.Graph]:
-        self._close(next(iter(reversed(self._trace.graph.nodes))).args[0])
-        return self.graphs
-
-    def add(self, call: ModuleCall) -> None:
+    def _add(self, call: ModuleCall) -> None:
         for item in call.items:
             if isinstance(item, ModuleCall):
                 if self._can_be_whole(item):
                     self._add_whole(item)
                 else:
-                    self.add(item)
+                    self._add(item)
                 last = max((self._order[node] for node in item.nodes() if node in self._order), default=-1)
             elif item.op == "get_attr":
                 continue  # copied into each block that reads it

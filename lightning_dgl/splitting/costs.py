@@ -72,10 +72,8 @@ class _Held:
     def __init__(self, left_out: list[Tensor]) -> None:
         self.step = 0
         self._left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
-        self._kept_alive: list[Tensor] = []  # so that no two storages share an address
-        self.size: dict[int, int] = {}
-        self.first: dict[int, int] = {}
-        self.last: dict[int, int] = {}
+        # By address of the storage; tensors are kept alive, so that no two storages share an address.
+        self._saved: dict[int, tuple[Tensor, int, int]] = {}
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -83,20 +81,19 @@ class _Held:
             yield
 
     def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._left_out:
-            self._kept_alive.append(tensor)
-            self.size[storage._cdata] = storage.nbytes()
-            self.first.setdefault(storage._cdata, self.step)
-            self.last[storage._cdata] = self.step
+        key = tensor.untyped_storage()._cdata
+        if key not in self._left_out:
+            _, first, _ = self._saved.get(key, (tensor, self.step, self.step))
+            self._saved[key] = (tensor, first, self.step)
         return tensor
 
     def upto(self, step: int) -> int:
-        return sum(size for key, size in self.size.items() if self.first[key] <= step)
+        """Return the bytes saved up to ``step``."""
+        return sum(tensor.untyped_storage().nbytes() for tensor, first, _ in self._saved.values() if first <= step)
 
     def across(self, step: int) -> int:
         """Return the bytes saved up to ``step`` and again after it: a block that begins there holds them once more."""
-        return sum(size for key, size in self.size.items() if self.first[key] <= step < self.last[key])
+        return sum(t.untyped_storage().nbytes() for t, first, last in self._saved.values() if first <= step < last)
 
 
 def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:

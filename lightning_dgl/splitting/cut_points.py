@@ -8,7 +8,7 @@ to see shapes, costs and in-place changes, and look for the places after which o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -147,7 +147,7 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
                 channel_dim=_channel_dim(network, cut.node, runs[True].shapes),
                 rank=_rank(network, traces[True], cut),
                 cost=runs[True].flops[cut.position] / example_input.shape[0],
-                in_place_hazard=runs[True].overwritten(cut) or runs[False].overwritten(same[0]),
+                in_place_hazard=cut.position in runs[True].overwritten or same[0].position in runs[False].overwritten,
             )
         )
     return TracedNetwork(
@@ -170,21 +170,13 @@ class _Run:
 
     shapes: dict[fx.Node, tuple[int, ...]]  # of every node that is a tensor
     flops: list[int]  # forward FLOPs up to and including each operation
-    versions: dict[tuple[fx.Node, int], int]  # in-place version of a node after operation number i
-    final_versions: dict[fx.Node, int]
-
-    def overwritten(self, cut: Cut) -> bool:
-        """Return whether an operation after ``cut`` changed the tensor that crosses it, in place.
-
-        PyTorch counts in-place changes in ``tensor._version``, changes through views included.
-        """
-        return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
+    overwritten: set[int]  # positions after which something changes the one tensor that crosses, in place
 
 
 def _run(trace: Trace, network: nn.Module, example_input: Tensor) -> _Run:
     values: dict[fx.Node, Any] = {}
     flops: list[int] = []
-    versions: dict[tuple[fx.Node, int], int] = {}
+    versions: dict[int, int] = {}
     crossing = _single_crossings(trace)
     with FlopCounterMode(display=False) as counter:
         for node in trace.graph.nodes:
@@ -193,15 +185,13 @@ def _run(trace: Trace, network: nn.Module, example_input: Tensor) -> _Run:
                 continue
             position = trace.order[node]
             flops.append(counter.get_total_flops())
-            # The version now; an operation before this one may have worked in place, which does no harm.
+            # PyTorch counts in-place changes of a tensor, those through views included. Only later ones do harm.
             if isinstance(values.get(crossing.get(position)), Tensor):  # type: ignore[arg-type]
-                versions[crossing[position], position] = values[crossing[position]]._version
-    tensors = {node: value for node, value in values.items() if isinstance(value, Tensor)}
+                versions[position] = values[crossing[position]]._version
     return _Run(
-        shapes={node: tuple(value.shape) for node, value in tensors.items()},
+        shapes={node: tuple(value.shape) for node, value in values.items() if isinstance(value, Tensor)},
         flops=flops,
-        versions=versions,
-        final_versions={node: value._version for node, value in tensors.items()},
+        overwritten={i for i, version in versions.items() if values[crossing[i]]._version > version},
     )
 
 
@@ -238,15 +228,12 @@ def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[s
     # The same value may cross alone at several positions: operations in between, such as an assertion about its
     # shape, make nothing that is read later. Prefer a position after which it is not overwritten, then one outside of
     # modules, which blocks can then call whole; among equals, the first.
-    def preference(node: fx.Node, position: int) -> tuple[bool, int, int]:
+    def preference(position: int) -> tuple[bool, int, int]:
         depth = sum(start <= position < stop for _, start, stop in trace.spans)
-        return run.overwritten(Cut(node, position)), depth, position
+        return position in run.overwritten, depth, position
 
     names = _names(trace)
-    return [
-        (names[node], Cut(node, min(choices, key=lambda position: preference(node, position))))
-        for node, choices in positions.items()
-    ]
+    return [(names[node], Cut(node, min(choices, key=preference))) for node, choices in positions.items()]
 
 
 def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -> set[str]:
@@ -316,7 +303,7 @@ def _operation_rank(network: nn.Module, node: fx.Node) -> int:
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             return 3
         return 1 if type(module).__name__.lower() in _ACTIVATIONS else 2
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _operation(node)
     if name.startswith("conv") or name == "linear":
         return 3
     return 1 if name.rstrip("_") in _ACTIVATIONS else 2
@@ -331,16 +318,16 @@ def _channel_dim(network: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[
     shape = shapes[node]
     if len(shape) == 2:
         return 1
-    readers: Callable[[fx.Node], list[fx.Node]] = lambda n: list(n.users)  # noqa: E731
-    writers: Callable[[fx.Node], list[fx.Node]] = lambda n: n.all_input_nodes  # noqa: E731
-    for neighbours in (readers, writers):
+    for forwards in (True, False):
         seen, queue = {node}, [node]
         while queue:
-            for other in neighbours(queue.pop(0)):
+            here = queue.pop(0)
+            for other in here.users if forwards else here.all_input_nodes:
                 kind = _layout(network, other)
                 if kind is not None and shapes.get(other, ())[:1] == shape[:1]:
                     return kind
-                if shapes.get(other) == shape and other not in seen and kind is None and not _moves_dims(other):
+                moves = _operation(other) in _MOVES_DIMS
+                if shapes.get(other) == shape and other not in seen and kind is None and not moves:
                     seen.add(other)
                     queue.append(other)
     # No layer tells. Images are square more often than not: (N, H, H, C) is channels last.
@@ -357,15 +344,16 @@ def _layout(network: nn.Module, node: fx.Node) -> int | None:
             return 1
         if isinstance(module, _CHANNELS_LAST):
             return -1
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        if name in ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm"):
-            return 1
-        if name in ("linear", "layer_norm", "scaled_dot_product_attention"):
-            return -1
+    elif _operation(node) in ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm"):
+        return 1
+    elif _operation(node) in ("linear", "layer_norm", "scaled_dot_product_attention"):
+        return -1
     return None
 
 
-def _moves_dims(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "flatten", "reshape", "view")
+_MOVES_DIMS = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "flatten", "reshape", "view")
+
+
+def _operation(node: fx.Node) -> str:
+    """Return the name of the function or method that ``node`` calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -38,9 +38,6 @@ class GraphFunction:
         """Run the graph's operations on ``x``."""
         return self._function(module, x)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphFunction:
-        return self  # the module is an argument, so a copied one is as good
-
     def __reduce__(self) -> tuple[Any, ...]:
         # Functions are pickled by name, modules are not.
         modules = {name: value.__name__ for name, value in self._names.items() if isinstance(value, ModuleType)}

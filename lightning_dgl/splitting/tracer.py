@@ -12,6 +12,7 @@ import operator
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import Any, NoReturn
 
 import torch
@@ -42,7 +43,8 @@ def trace(network: nn.Module, example_input: Tensor) -> dict[bool, Trace]:
 
 def _trace(network: nn.Module, example_input: Tensor, mode: bool | None) -> Trace:
     """Trace ``network``; where ``mode`` is not None, its own forward may read the mode, and reads this one."""
-    tracer = _Tracer(network, example_input, mode)
+    with torch.enable_grad():
+        tracer = _Tracer(network, example_input, mode)
     hidden: dict[nn.Module, Any] = {module: _HiddenMode(_Opaque) for module in network.modules()}
     hidden[network] = _HiddenMode(_RootReadsMode) if mode is None else mode
     with _modes(hidden):
@@ -114,21 +116,15 @@ class _InPlaceProxy(Proxy):
 
     def __len__(self) -> int:
         assert isinstance(self.tracer, _Tracer)
-        value = self.tracer.value(self.node)
-        if not isinstance(value, (tuple, list)):
-            raise _Opaque("takes len() of a tensor (write x.shape[0] instead)")
-        return len(value)
+        return self.tracer.length(self.node, "takes len() of a tensor (write x.shape[0] instead)")
 
 
-def _record_in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Any]:
-    def method(self: Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
+def _record(self: Proxy, other: Any, function: Callable[..., Any]) -> Proxy:
+    return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
-    setattr(_InPlaceProxy, f"__{_name}__", _record_in_place(getattr(operator, _name)))
+    setattr(_InPlaceProxy, f"__{_name}__", partialmethod(_record, function=getattr(operator, _name)))
 
 
 def _ambient() -> tuple[bool, ...]:
@@ -149,6 +145,7 @@ class _Tracer(fx.Tracer):
         self._example_input = example_input
         self._values: dict[fx.Node, Any] = {}
         self._evaluating = False
+        self._ambient = _ambient()
         try:
             # Made now, while modes can be read and no attribute is a Proxy.
             self._twin: nn.Module | None = meta_twin(network)
@@ -158,11 +155,6 @@ class _Tracer(fx.Tracer):
             self._twin = None
 
     # The graph
-
-    @override
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self._ambient = _ambient()
-        return super().trace(root, concrete_args)
 
     @override
     def proxy(self, node: fx.Node) -> Proxy:
@@ -285,10 +277,14 @@ class _Tracer(fx.Tracer):
 
     @override
     def iter(self, obj: Proxy) -> Iterator[Any]:
-        value = self.value(obj.node)
+        return iter([operator.getitem(obj, i) for i in range(self.length(obj.node, "loops over a tensor"))])
+
+    def length(self, node: fx.Node, else_reason: str) -> int:
+        """Return the length of a tuple or list."""
+        value = self.value(node)
         if not isinstance(value, (tuple, list)):
-            raise _Opaque("loops over a tensor")
-        return iter([operator.getitem(obj, i) for i in range(len(value))])
+            raise _Opaque(else_reason)
+        return len(value)
 
     def value(self, node: fx.Node) -> Any:
         """Return the value of ``node`` for the example input: sizes are numbers, tensors have no data."""
@@ -306,7 +302,7 @@ class _Tracer(fx.Tracer):
             if node.op == "placeholder":
                 self._values[node] = self._example_input.to("meta")
             elif node.target is getattr and node.args[1] in _DEVICE_ATTRIBUTES:
-                # Conditions on the device hold as they do for the network.
+                # Conditions on the device are those of the network's device, not of meta.
                 self._values[node] = getattr(self._example_input, str(node.args[1]))
             else:
                 values = {source: self._evaluate(twin, source) for source in node.all_input_nodes}
