@@ -15,12 +15,6 @@ class CompiledCall:
 
     Use one object for each function or module. A deep copy, or an object read from a pickle, compiles once more;
     ``nn.Module.compile`` would be forgotten there.
-
-    Example::
-
-        >>> call = CompiledCall()
-        >>> call(nn.Linear(3, 2), torch.zeros(1, 3)).shape  # doctest: +SKIP
-        torch.Size([1, 2])
     """
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:

@@ -98,24 +98,20 @@ class _Held:
 
 def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
     """Count the bytes that autograd holds for backward, for one sample: in a block, at its input and in its head."""
-    trace = traced.traces[True]
-
-    def run(network: nn.Module, x: Tensor) -> _Held:
-        held = _Held([*network.parameters(), *network.buffers()])
-        values: dict[fx.Node, Any] = {}
-        with torch.enable_grad(), held.saving():
-            for node in trace.graph.nodes:
-                held.step = trace.order.get(node, held.step)
-                values[node] = x if node.op == "placeholder" else run_node(network, node, values)
-        return held
-
-    held = dry_run(traced.network, traced.example_input, True, run)
-    num_samples = len(traced.example_input)
+    network, trace = traced.network, traced.traces[True]
+    # Two real samples: without data, attention takes another path than on a device, and holds its whole matrix.
+    samples = traced.example_input[:2].clone()
+    held = _Held([*network.parameters(), *network.buffers()])
+    values: dict[fx.Node, Any] = {}
+    with preserved_state(network), in_mode(network, True), torch.enable_grad(), held.saving():
+        for node in trace.graph.nodes:
+            held.step = trace.order.get(node, held.step)
+            values[node] = samples if node.op == "placeholder" else run_node(network, node, values)
     positions = [traced.cuts[True][point.name].position for point in traced.usable]
     return Costs(
-        upto=[held.upto(position) / num_samples for position in (*positions, len(trace.operations))],
+        upto=[held.upto(position) / len(samples) for position in (*positions, len(trace.operations))],
         head=_of_heads(traced, make_head, _head_memory),
-        input=[held.across(position) / num_samples for position in positions],
+        input=[held.across(position) / len(samples) for position in positions],
     )
 
 

@@ -15,11 +15,11 @@ To *write* blocks, it keeps the tree of module calls, so that a block calls a wh
 passes through it: its hooks, mode, in-place operations and context managers then stay what they were. Cut after
 ``layer2.conv1``::
 
-    call tree    stem    layer1               layer2                fc
-                          ├ conv1  ├ relu      ├ conv1 ╎ ├ relu
-                                                       ╎
-    block 0      stem    layer1               layer2.conv1
-    block 1                                              relu       fc
+    call tree    stem     layer1              layer2                   fc
+                          ├ conv1  ├ relu     ├ conv1     ╎ ├ relu
+                                                          ╎
+    block 0      stem     layer1              layer2.conv1╎
+    block 1                                               ╎ layer2.relu  fc
 """
 
 from __future__ import annotations
