@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_dgl._arguments import check_at_least
-from lightning_dgl.nearest import nearest, nearest_compiled
+from lightning_dgl.nearest_codes import nearest_codes, nearest_codes_compiled
 
 VERSION = 1
 """Of messages; one of another version is refused."""
@@ -277,7 +277,7 @@ class VectorQuantizer(Codec):
         self._check(x)
         if not self.num_updates:
             raise RuntimeError("The codebook is empty: update(x) with a first batch before you encode.")
-        search = nearest_compiled if self.compile_search else nearest
+        search = nearest_codes_compiled if self.compile_search else nearest_codes
         found = [search(part, self._rows(b, self.codebook)) for b, part in enumerate(self._parts(x))]
         codes = found[0] if len(found) == 1 else torch.cat(found, dim=1)
         codes = codes.view(len(x), -1, *x.shape[2:])
@@ -351,7 +351,7 @@ class VectorQuantizer(Codec):
         perplexity, error, variance = torch.zeros(3, device=self.codebook.device)
         for b, sample in enumerate(books):
             codebook, counts, sums = (self._rows(b, own) for own in (self.codebook, self.counts, self.sums))
-            codes = nearest(sample.T[None, None], codebook).flatten().long()
+            codes = nearest_codes(sample.T[None, None], codebook).flatten().long()
             distances = (sample - codebook[codes]).square().sum(1)
             used = torch.bincount(codes, minlength=self.num_codes).to(counts.dtype)
             counts.lerp_(used, 1 - decay)

@@ -31,7 +31,7 @@ def _quarter(spatial_size: SpatialSize) -> tuple[int, int]:
 
 
 class _Head(nn.Module):
-    """Layers applied in order; subclasses say which."""
+    """Applies layers in order; subclasses choose them."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,12 @@ HEADS: dict[str, HeadFactory] = {"linear": LinearHead, "mlp": MLPHead, "mlp_sr":
 
 
 def head_factory(head: str | HeadFactory) -> HeadFactory:
-    """The factory that ``head`` names or is."""
+    """Return the factory that ``head`` names, or ``head`` itself.
+
+    Raises:
+        ValueError: if there is no head of that name.
+        TypeError: if ``head`` is neither a name nor a callable; modules are refused, because blocks need one each.
+    """
     if isinstance(head, str):
         if head not in HEADS:
             raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))} or a callable, got {head!r}.")

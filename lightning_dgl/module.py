@@ -30,7 +30,7 @@ from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
     Block,
-    Code,
+    CompiledCall,
     SplitPoint,
     count_flops,
     example_batch,
@@ -163,8 +163,7 @@ class DGLModule(LightningModule):
             )
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
-        self._code_of_heads = [Code.of_call() for _ in self.heads]
-        self._is_compiled = compile
+        self._compiled_heads = [CompiledCall() for _ in self.heads] if compile else None
         if compile:
             for block in split.blocks:
                 block.compile()
@@ -239,7 +238,8 @@ class DGLModule(LightningModule):
         if block == len(self.heads):
             return output
         images = self.split_points[block].as_images(output)
-        return self._code_of_heads[block](self.heads[block], images, self._is_compiled)
+        head = self.heads[block]
+        return head(images) if self._compiled_heads is None else self._compiled_heads[block](head, images)
 
     def _check_whole(self) -> None:
         if self.run is not None and self.run.stage.is_split:

@@ -15,9 +15,9 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning_dgl.distributed.link import Inbox
 
 from lightning_dgl import Asynchronous, BlockMonitor, DGLStrategy
-from lightning_dgl.distributed.link import Inbox
 from tests.conftest import loader
 from tests.jobs import PATIENCE, Job, Outcome, by_hand, make_module, make_trainer, weights_of
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_dgl.boundaries import make_codecs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vector_quantize_pytorch import VectorQuantize
 
 from lightning_dgl import Message, VectorQuantizer
-from lightning_dgl.boundaries import make_codecs
 from lightning_dgl.codecs import Half
-from lightning_dgl.nearest import nearest
+from lightning_dgl.nearest_codes import nearest_codes
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
@@ -115,7 +115,7 @@ def test_several_codebooks_each_for_its_groups_of_channels(compile_it: bool) -> 
 def test_codes_that_are_equal_or_equally_near() -> None:
     codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, -1.0], [-1.0, 0.0]])
     x = torch.tensor([[0.0, 0.0], [0.5, 0.5], [2.0, 0.1], [0.1, -3.0], [-5.0, 5.0]]).T[None, None]
-    codes = nearest(x, codebook)[0, 0].long()
+    codes = nearest_codes(x, codebook)[0, 0].long()
     distances = torch.cdist(x[0, 0].T, codebook)
     assert torch.allclose(distances.gather(1, codes[:, None])[:, 0], distances.min(1).values)
 

@@ -25,8 +25,8 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
-
 from lightning_dgl.distributed.signals import take_over
+
 from tests.jobs import PATIENCE, Job, Outcome, by_hand, by_slurm, train
 
 

@@ -18,7 +18,6 @@ import ctypes
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple

@@ -1,21 +1,25 @@
 """Splitting a network into blocks. Knows nothing of Lightning and of training.
 
-trace -> cut_points -> costs -> balance -> blocks, in the order in which a network passes through them; splitter puts
-them together.
+A network passes through the modules in this order; ``splitter`` puts them together:
+
+    example_batch -> tracer -> cut_points -> costs -> balance -> blocks
+                     trace     (meta_twin)                       (graph_function, compiled_call)
 """
 
 from lightning_dgl.splitting.balance import assign_blocks, balanced_cuts
 from lightning_dgl.splitting.blocks import Block, extent
-from lightning_dgl.splitting.code import Code
+from lightning_dgl.splitting.compiled_call import CompiledCall
 from lightning_dgl.splitting.costs import count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
-from lightning_dgl.splitting.dry_run import example_batch, in_mode, output_shape, preserved_state
 from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.example_batch import example_batch
+from lightning_dgl.splitting.meta_twin import output_shape
+from lightning_dgl.splitting.network_state import in_mode, preserved_state
 from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
 
 __all__ = [
     "Block",
-    "Code",
+    "CompiledCall",
     "SplitError",
     "SplitNetwork",
     "SplitPoint",

@@ -11,7 +11,7 @@ from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
 
 BlockCost = Callable[[int, int], float]
-"""Cost of the block between two split points, given by number (-1: the network's input, len: its output)."""
+"""``(i, j) -> cost`` of the block from split point i (-1: the network's input) to j (their number: its output)."""
 
 # Cuts at natural places (low rank) are taken as long as the largest block grows by no more than this.
 _TOLERANCE = 1.1
@@ -45,12 +45,9 @@ def balanced_cuts(
     inputs = [0.0] * len(ranks) if input_costs is None else input_costs
 
     def cost_between(allowed: Sequence[int]) -> BlockCost:
-        def cost(i: int, j: int) -> float:
-            start = inputs[allowed[i]] - costs[allowed[i]] if i >= 0 else 0.0
-            end = costs[-1] if j == len(allowed) else costs[allowed[j]] + head_costs[allowed[j]]
-            return start + end
-
-        return cost
+        starts = [0.0, *(inputs[i] - costs[i] for i in allowed)]
+        ends = [*(costs[i] + head_costs[i] for i in allowed), costs[-1]]
+        return lambda i, j: starts[i + 1] + ends[j]
 
     everywhere = range(len(ranks))
     bound = _smallest_bound(len(ranks), cost_between(everywhere), num_blocks)
@@ -66,7 +63,8 @@ def balanced_cuts(
 
 
 def _smallest_bound(num_points: int, cost: BlockCost, num_blocks: int) -> float:
-    """The smallest possible cost of the largest of ``num_blocks`` blocks."""
+    """Return the smallest possible cost of the largest of ``num_blocks`` blocks."""
+    # best[j]: of the blocks so far, which end at split point j.
     best = {j: cost(-1, j) for j in range(num_points + 1)}
     for _ in range(num_blocks - 1):
         best = {j: min((max(best[i], cost(i, j)) for i in range(j)), default=math.inf) for j in range(num_points + 1)}
@@ -74,7 +72,7 @@ def _smallest_bound(num_points: int, cost: BlockCost, num_blocks: int) -> float:
 
 
 def _best_within(bound: float, ranks: Sequence[int], cost: BlockCost, num_blocks: int) -> list[int]:
-    """The cuts of least total rank, then of least sum of squares, among those with no block above ``bound``."""
+    """Return the cuts of least total rank, then of least sum of squares, with no block above ``bound``."""
     end = len(ranks)
     limit = bound * (1 + 1e-9)
     Best = dict[int, tuple[int, float, list[int]]]  # by where the blocks so far end: rank, sum of squares, cuts
@@ -114,18 +112,22 @@ def assign_blocks(costs: Sequence[float], num_stages: int) -> list[range]:
 def choose_points(
     traced: TracedNetwork, num_blocks: int, balance: str, make_head: HeadFactory | None
 ) -> list[SplitPoint]:
-    """The usable split points that make ``num_blocks`` balanced blocks, auxiliary heads counted in."""
+    """Choose the usable split points that make ``num_blocks`` balanced blocks, auxiliary heads counted in.
+
+    Raises:
+        SplitError: if there are too few of them, or ``balance`` is none of :data:`COSTS`.
+    """
     if balance not in COSTS:
         raise SplitError(f"balance must be one of {', '.join(map(repr, COSTS))}, got {balance!r}.")
     points = traced.usable
     if num_blocks > len(points) + 1:
-        raise SplitError(_too_many_blocks(traced, num_blocks))
+        raise SplitError(_why_too_many(traced, num_blocks))
     costs = COSTS[balance](traced, make_head)
     ranks = [point.rank for point in points]
     return [points[i] for i in balanced_cuts(ranks, costs.upto, costs.head, num_blocks, costs.input)]
 
 
-def _too_many_blocks(traced: TracedNetwork, num_blocks: int) -> str:
+def _why_too_many(traced: TracedNetwork, num_blocks: int) -> str:
     points, name = traced.usable, type(traced.network).__name__
     message = (
         f"num_blocks={num_blocks} is more than {name} allows: it has {len(points)} usable split points, so at most "

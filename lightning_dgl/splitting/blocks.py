@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 from typing_extensions import override
 
-from lightning_dgl.splitting.code import Code
+from lightning_dgl.splitting.compiled_call import CompiledCall
 from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.graph_function import GraphFunction
 from lightning_dgl.splitting.trace import ModuleCall, Trace
 
 
@@ -24,20 +25,19 @@ class Block(nn.Module):
     """
 
     _network: nn.Module
-    _extent: str
-    _code: dict[bool, Code]
-    _is_compiled = False
 
-    def __init__(self, network: nn.Module, extent: str, code: dict[bool, Code], graphs: Iterable[fx.Graph]) -> None:
+    def __init__(self, network: nn.Module, extent: str, graphs: dict[bool, fx.Graph]) -> None:
         super().__init__()
-        self._extent = extent  # attributes are private: submodules of any name may be attached
+        # Attributes are private, because submodules of any name are attached.
+        self._extent = extent
+        self._functions = {mode: GraphFunction.of(graph) for mode, graph in graphs.items()}
+        self._compiled: dict[bool, CompiledCall] = {}
         # Not registered: the block is a piece of the network, not its owner.
         self.__dict__["_network"] = network
-        self.__dict__["_code"] = code
         containers: dict[str, None] = {}
         # Buffers of modules that a cut passes through stay with the network, which reads and moves them.
         self._cut_through_buffers: list[tuple[str, str]] = []
-        for graph in graphs:
+        for graph in graphs.values():
             for node in graph.nodes:
                 if node.op in ("call_module", "get_attr"):
                     path = str(node.target)
@@ -66,16 +66,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Run the piece on ``x``, in the network's present mode."""
-        return self._code[self._network.training](self._network, x, self._is_compiled)
+        mode = self._network.training
+        function = self._functions[mode]
+        return self._compiled[mode](function, self._network, x) if self._compiled else function(self._network, x)
 
     @override
     def compile(self) -> None:  # type: ignore[override]
-        """Run what ``torch.compile`` makes of the piece from now on; it is compiled when it is called."""
-        self._is_compiled = True
+        """Run the piece through ``torch.compile`` from now on; it is compiled when it is first called."""
+        self._compiled = {True: CompiledCall(), False: CompiledCall()}
 
     @property  # type: ignore[no-redef]
     def training(self) -> bool:
-        """The network's mode."""
+        """The network's mode: True in train mode."""
         return self._network.training
 
     @training.setter
@@ -86,7 +88,7 @@ class Block(nn.Module):
                 self._network.get_submodule(path).training = mode
 
     def tensors(self) -> list[Tensor]:
-        """Everything the block holds: its parameters, its buffers, and those buffers of the network that it reads."""
+        """Return everything the block holds: parameters, buffers, and those buffers of the network that it reads."""
         outside = [self._network.get_submodule(path)._buffers[name] for path, name in self._cut_through_buffers]
         return [*self.parameters(), *self.buffers(), *(buffer for buffer in outside if buffer is not None)]
 
@@ -104,7 +106,7 @@ class Block(nn.Module):
 
 
 def extent(block: nn.Module) -> str:
-    """What a block contains, "first module to last module"; ``block`` may also be a whole network."""
+    """Name what a block contains, "first module to last module"; ``block`` may also be a whole network."""
     if isinstance(block, Block):
         return block._extent
     names = [name for name, _ in block.named_children()]
@@ -122,7 +124,7 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         SplitError: if two blocks would share a parameter, or a module with state.
     """
     graphs = {
-        mode: _block_graphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points])
+        mode: _BlockGraphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points]).graphs
         for mode in (True, False)
     }
     blocks = nn.ModuleList()
@@ -132,27 +134,21 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
         names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
         name = _from_to(names[0], points[j].name if j < len(points) else names[-1])
-        code = {mode: Code.of_graph(graph) for mode, graph in pair.items()}
-        blocks.append(Block(traced.network, name, code, pair.values()))
+        blocks.append(Block(traced.network, name, pair))
     _check_nothing_shared(blocks)
     return blocks
 
 
-def _block_graphs(trace: Trace, cuts: Sequence[Cut]) -> list[fx.Graph]:
-    builder = _GraphBuilder(trace, cuts)
-    builder.add(trace.root)
-    return builder.finish()
-
-
-class _GraphBuilder:
+class _BlockGraphs:
     """Writes the operations of a trace into one graph for each block, whole module calls wherever possible."""
 
     def __init__(self, trace: Trace, cuts: Sequence[Cut]) -> None:
         self.graphs: list[fx.Graph] = []
-        self._trace = trace
         self._cuts = list(cuts)
         self._order = trace.order
         self._open(next(iter(trace.graph.nodes)))
+        self._add(trace.root)
+        self._close(next(iter(reversed(trace.graph.nodes))).args[0])
 
     def _open(self, source: fx.Node) -> None:
         self._graph = fx.Graph()
@@ -163,17 +159,13 @@ class _GraphBuilder:
         self._graph.lint()
         self.graphs.append(self._graph)
 
-    def finish(self) -> list[fx.Graph]:
-        self._close(next(iter(reversed(self._trace.graph.nodes))).args[0])
-        return self.graphs
-
-    def add(self, call: ModuleCall) -> None:
+    def _add(self, call: ModuleCall) -> None:
         for item in call.items:
             if isinstance(item, ModuleCall):
                 if self._can_be_whole(item):
                     self._add_whole(item)
                 else:
-                    self.add(item)
+                    self._add(item)
                 last = max((self._order[node] for node in item.nodes() if node in self._order), default=-1)
             elif item.op == "get_attr":
                 continue  # copied into each block that reads it

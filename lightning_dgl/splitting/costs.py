@@ -1,4 +1,4 @@
-"""What blocks cost: FLOPs, memory held for backward, or measured time, up to each place where a network can be cut."""
+"""The costs of blocks: FLOPs, memory held for backward, or measured time, up to each place to cut a network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
-from lightning_dgl.splitting.dry_run import FakeRun, dry_run, in_mode, preserved_state
+from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.meta_twin import dry_run
+from lightning_dgl.splitting.network_state import in_mode, preserved_state
 from lightning_dgl.splitting.trace import run_node
 
 HeadFactory = Callable[[SplitPoint], nn.Module]
@@ -41,32 +43,37 @@ class Costs:
 
 
 def flops(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
-    """Forward FLOPs for one sample."""
+    """Count forward FLOPs for one sample."""
     upto = [*(point.cost for point in traced.usable), traced.cost]
     return Costs(upto, _of_heads(traced, make_head, count_flops), [0.0] * len(traced.usable))
 
 
 def count_flops(module: nn.Module, example_input: Tensor) -> float:
-    """Forward FLOPs of ``module`` for one sample of ``example_input``; nothing is computed."""
-    fake = FakeRun(module)
-    with in_mode(module, True), fake.active(), FlopCounterMode(display=False) as counter:
-        module(fake.fake(example_input))
-    return counter.get_total_flops() / len(example_input)
+    """Count the forward FLOPs of ``module`` for one sample of ``example_input``, in train mode.
+
+    Raises:
+        SplitError: if the example does not pass through ``module``.
+    """
+
+    def run(module: nn.Module, x: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            module(x)
+        return counter.get_total_flops()
+
+    return dry_run(module, example_input, True, run) / len(example_input)
 
 
 # Bytes that autograd holds for backward, for one sample
 
 
 class _Held:
-    """The storages that autograd saves inside ``saving``, and the first and last step at which it did."""
+    """Records which storages autograd saves inside ``saving``, and the first and last step at which it saves each."""
 
     def __init__(self, left_out: list[Tensor]) -> None:
         self.step = 0
         self._left_out = {tensor.untyped_storage()._cdata for tensor in left_out}
-        self._kept_alive: list[Tensor] = []  # so that no two storages share an address
-        self.size: dict[int, int] = {}
-        self.first: dict[int, int] = {}
-        self.last: dict[int, int] = {}
+        # By address of the storage; tensors are kept alive, so that no two storages share an address.
+        self._saved: dict[int, tuple[Tensor, int, int]] = {}
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -74,42 +81,37 @@ class _Held:
             yield
 
     def _save(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._left_out:
-            self._kept_alive.append(tensor)
-            self.size[storage._cdata] = storage.nbytes()
-            self.first.setdefault(storage._cdata, self.step)
-            self.last[storage._cdata] = self.step
+        key = tensor.untyped_storage()._cdata
+        if key not in self._left_out:
+            _, first, _ = self._saved.get(key, (tensor, self.step, self.step))
+            self._saved[key] = (tensor, first, self.step)
         return tensor
 
     def upto(self, step: int) -> int:
-        return sum(size for key, size in self.size.items() if self.first[key] <= step)
+        """Return the bytes saved up to ``step``."""
+        return sum(tensor.untyped_storage().nbytes() for tensor, first, _ in self._saved.values() if first <= step)
 
     def across(self, step: int) -> int:
-        """Bytes saved up to ``step`` and again after it: a block that begins there holds them once more."""
-        return sum(size for key, size in self.size.items() if self.first[key] <= step < self.last[key])
+        """Return the bytes saved up to ``step`` and again after it: a block that begins there holds them once more."""
+        return sum(t.untyped_storage().nbytes() for t, first, last in self._saved.values() if first <= step < last)
 
 
 def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
-    """Bytes that autograd holds for backward, for one sample: the activations of a block, its input and its head's."""
+    """Count the bytes that autograd holds for backward, for one sample: in a block, at its input and in its head."""
     network, trace = traced.network, traced.traces[True]
-
-    def run(example_input: Tensor) -> _Held:
-        held = _Held([*network.parameters(), *network.buffers()])
-        values: dict[fx.Node, Any] = {}
-        with torch.enable_grad(), held.saving():
-            for node in trace.graph.nodes:
-                held.step = trace.order.get(node, held.step)
-                values[node] = example_input if node.op == "placeholder" else run_node(network, node, values)
-        return held
-
-    held = dry_run(network, traced.example_input, True, run)
-    num_samples = len(traced.example_input)
+    # Two real samples: without data, attention takes another path than on a device, and holds its whole matrix.
+    samples = traced.example_input[:2].clone()
+    held = _Held([*network.parameters(), *network.buffers()])
+    values: dict[fx.Node, Any] = {}
+    with preserved_state(network), in_mode(network, True), torch.enable_grad(), held.saving():
+        for node in trace.graph.nodes:
+            held.step = trace.order.get(node, held.step)
+            values[node] = samples if node.op == "placeholder" else run_node(network, node, values)
     positions = [traced.cuts[True][point.name].position for point in traced.usable]
     return Costs(
-        upto=[held.upto(position) / num_samples for position in (*positions, len(trace.operations))],
+        upto=[held.upto(position) / len(samples) for position in (*positions, len(trace.operations))],
         head=_of_heads(traced, make_head, _head_memory),
-        input=[held.across(position) / num_samples for position in positions],
+        input=[held.across(position) / len(samples) for position in positions],
     )
 
 
@@ -124,7 +126,7 @@ def _head_memory(head: nn.Module, features: Tensor) -> float:
 
 
 def seconds(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
-    """Seconds of forward and backward of the example batch."""
+    """Measure seconds of forward and backward of the example batch."""
     return Costs(
         measure_segments(traced),
         _of_heads(traced, make_head, measure_head, compute=True),
@@ -133,10 +135,10 @@ def seconds(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
 
 
 def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
-    """Seconds of forward and backward up to each usable split point, and last of the whole network.
+    """Measure seconds of forward and backward up to each usable split point, and last of the whole network.
 
-    Each stretch between two neighbouring split points is run by itself on the example batch in train mode, as a block
-    of its own would be; the median of ``repeats`` runs counts.
+    Each stretch between two neighbouring split points is run on the example batch in train mode, as if it were a block;
+    the median of ``repeats`` runs counts.
     """
     network, trace = traced.network, traced.traces[True]
     boundaries = [traced.cuts[True][point.name] for point in traced.usable]
@@ -169,7 +171,7 @@ def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
 
 
 def measure_head(head: nn.Module, example_input: Tensor, repeats: int = 5) -> float:
-    """Seconds of one forward and backward of ``head`` in train mode; median of ``repeats``."""
+    """Measure seconds of one forward and backward of ``head`` in train mode; the median of ``repeats`` counts."""
     runs = []
     with preserved_state(head), in_mode(head, True), torch.enable_grad():
         for _ in range(repeats + 1):
@@ -201,7 +203,7 @@ def _of_heads(
     measure: Callable[[nn.Module, Tensor], float],
     compute: bool = False,
 ) -> list[float]:
-    """``measure(head, features)`` at each usable split point, on meta tensors unless it is to ``compute``."""
+    """Return ``measure(head, features)`` at each usable split point; on meta tensors unless ``compute`` is True."""
     if make_head is None:
         return [0.0] * len(traced.usable)
     known: dict[torch.Size, float] = {}
@@ -215,7 +217,7 @@ def _of_heads(
                     with torch.device("meta"):
                         known[shape] = measure(make_head(point), torch.empty(shape))
                     continue
-                except (NotImplementedError, RuntimeError):  # a head of the user's own that needs real weights
+                except (NotImplementedError, RuntimeError, SplitError):  # a user's head that needs real weights
                     pass
             device = traced.example_input.device
             known[shape] = measure(make_head(point).to(device), torch.randn(shape, device=device))
@@ -227,4 +229,4 @@ COSTS: dict[str, Callable[[TracedNetwork, HeadFactory | None], Costs]] = {
     "memory": memory,
     "time": seconds,
 }
-"""What blocks can be balanced by."""
+"""The choices for ``balance``."""

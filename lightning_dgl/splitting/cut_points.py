@@ -1,9 +1,14 @@
-"""Where a network can be cut: the places in its forward where exactly one tensor crosses."""
+"""Where a network can be cut: the places in its forward where exactly one tensor crosses.
+
+They are found in three steps: trace the network (once, or once for each mode), run the traced operations without data
+to see shapes, costs and in-place changes, and look for the places after which one value alone is alive (drawn in
+``trace.py``). Then each place is judged: how natural a cut it is, and which dimension of its tensor holds channels.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,8 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_dgl.splitting.dry_run import dry_run, example_batch
-from lightning_dgl.splitting.trace import ModuleCall, Trace, run_node, trace
+from lightning_dgl.splitting.example_batch import example_batch
+from lightning_dgl.splitting.meta_twin import dry_run
+from lightning_dgl.splitting.trace import ModuleCall, Trace, run_node
+from lightning_dgl.splitting.tracer import trace
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class SplitPoint:
 
     @property
     def spatial_size(self) -> int | tuple[int, int]:
-        """Height and width of the crossing tensor seen as (N, C, H, W): one number where they are equal.
+        """Height and width of the crossing tensor as (N, C, H, W): one number where they are equal, else a pair.
 
         A sequence of L tokens counts as (L, 1), a plain feature vector as 1.
         """
@@ -57,7 +64,7 @@ class SplitPoint:
         return height if height == width else (height, width)
 
     def as_images(self, x: Tensor) -> Tensor:
-        """View a crossing tensor as (N, C, H, W), which is what auxiliary heads read."""
+        """View a crossing tensor ``x`` of any layout as (N, C, H, W), which auxiliary heads read."""
         x = x.movedim(self.channel_dim, 1)
         if x.ndim > 4:
             return x.flatten(2, -2)
@@ -74,15 +81,22 @@ class Cut:
 
 @dataclass(frozen=True)
 class TracedNetwork:
-    """A network, its traces by mode (True: train), and every place where it can be cut."""
+    """A network, its traces by mode (True: train), and every place where it can be cut.
+
+    Attributes:
+        points: the places that exist in both modes, in forward order.
+        cuts: where each point is in the trace of each mode, by the point's name.
+        tied: names of the points that have the same parameter or buffer on both sides.
+        cost: forward FLOPs of the whole network, for one sample.
+    """
 
     network: nn.Module
     example_input: Tensor
     traces: dict[bool, Trace]
     points: list[SplitPoint]
     cuts: dict[bool, dict[str, Cut]]
-    tied: set[str]  # names of the points that have the same parameter or buffer on both sides
-    cost: float  # forward FLOPs of the whole network, for one sample
+    tied: set[str]
+    cost: float
 
     @property
     def usable(self) -> list[SplitPoint]:
@@ -117,10 +131,11 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
     """Trace ``network`` in both modes and find the places where it can be cut in both."""
     example_input = example_batch(network, example_input)
     traces = trace(network, example_input)
-    runs = {mode: dry_run(network, example_input, mode, partial(_run, network, traces[mode])) for mode in (True, False)}
+    runs = {mode: dry_run(network, example_input, mode, partial(_run, traces[mode])) for mode in (True, False)}
     cuts = {mode: _find_cuts(network, traces[mode], runs[mode]) for mode in (True, False)}
     points = []
     for names, cut in cuts[True]:
+        # Blocks switch between the modes, so their borders must be the same places in both.
         same = [other for other_names, other in cuts[False] if other_names == names]
         if not same or runs[True].shapes[cut.node] != runs[False].shapes[same[0].node]:
             continue
@@ -132,7 +147,7 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
                 channel_dim=_channel_dim(network, cut.node, runs[True].shapes),
                 rank=_rank(network, traces[True], cut),
                 cost=runs[True].flops[cut.position] / example_input.shape[0],
-                in_place_hazard=runs[True].overwritten(cut) or runs[False].overwritten(same[0]),
+                in_place_hazard=cut.position in runs[True].overwritten or same[0].position in runs[False].overwritten,
             )
         )
     return TracedNetwork(
@@ -151,22 +166,17 @@ def analyse(network: nn.Module, example_input: Tensor | Sequence[int]) -> Traced
 
 @dataclass
 class _Run:
-    """What one pass over the operations of a trace showed."""
+    """The findings of one dry run of a trace's operations."""
 
     shapes: dict[fx.Node, tuple[int, ...]]  # of every node that is a tensor
     flops: list[int]  # forward FLOPs up to and including each operation
-    versions: dict[tuple[fx.Node, int], int]  # in-place version of a node after operation number i
-    final_versions: dict[fx.Node, int]
-
-    def overwritten(self, cut: Cut) -> bool:
-        """Whether something after ``cut`` changed the tensor that crosses it, in place."""
-        return self.final_versions[cut.node] > self.versions[cut.node, cut.position]
+    overwritten: set[int]  # positions after which something changes the one tensor that crosses, in place
 
 
-def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
+def _run(trace: Trace, network: nn.Module, example_input: Tensor) -> _Run:
     values: dict[fx.Node, Any] = {}
     flops: list[int] = []
-    versions: dict[tuple[fx.Node, int], int] = {}
+    versions: dict[int, int] = {}
     crossing = _single_crossings(trace)
     with FlopCounterMode(display=False) as counter:
         for node in trace.graph.nodes:
@@ -175,14 +185,13 @@ def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
                 continue
             position = trace.order[node]
             flops.append(counter.get_total_flops())
+            # PyTorch counts in-place changes of a tensor, those through views included. Only later ones do harm.
             if isinstance(values.get(crossing.get(position)), Tensor):  # type: ignore[arg-type]
-                versions[crossing[position], position] = values[crossing[position]]._version
-    tensors = {node: value for node, value in values.items() if isinstance(value, Tensor)}
+                versions[position] = values[crossing[position]]._version
     return _Run(
-        shapes={node: tuple(value.shape) for node, value in tensors.items()},
+        shapes={node: tuple(value.shape) for node, value in values.items() if isinstance(value, Tensor)},
         flops=flops,
-        versions=versions,
-        final_versions={node: value._version for node, value in tensors.items()},
+        overwritten={i for i, version in versions.items() if values[crossing[i]]._version > version},
     )
 
 
@@ -190,9 +199,14 @@ def _run(network: nn.Module, trace: Trace, example_input: Tensor) -> _Run:
 
 
 def _single_crossings(trace: Trace) -> dict[int, fx.Node]:
-    """For each position after which exactly one value is still needed: that value's node."""
+    """Map each position after which exactly one value is alive to that value's node.
+
+    A value is alive from the operation that makes it to the last one that reads it. The network's output counts as
+    read at the end. Parameters and buffers do not count: every block can read them.
+    """
     ops, order, end = trace.operations, trace.order, len(trace.operations)
     placeholder = next(iter(trace.graph.nodes))
+    # A node without number is the graph's output, which comes last.
     last_use = {node: max((order.get(user, end) for user in node.users), default=-1) for node in (placeholder, *ops)}
     crossings = {}
     alive = {placeholder}
@@ -205,25 +219,25 @@ def _single_crossings(trace: Trace) -> dict[int, fx.Node]:
 
 
 def _find_cuts(network: nn.Module, trace: Trace, run: _Run) -> list[tuple[list[str], Cut]]:
-    """Every cut with its names, outermost module first, in forward order."""
+    """Return every cut with its names, outermost module first, in forward order."""
     positions: dict[fx.Node, list[int]] = {}
     for position, node in _single_crossings(trace).items():
-        if node in run.shapes and len(run.shapes[node]) >= 2:
+        if node in run.shapes and len(run.shapes[node]) >= 2:  # a tensor with samples and channels
             positions.setdefault(node, []).append(position)
 
-    def preference(node: fx.Node, position: int) -> tuple[bool, int, int]:
+    # The same value may cross alone at several positions: operations in between, such as an assertion about its
+    # shape, make nothing that is read later. Prefer a position after which it is not overwritten, then one outside of
+    # modules, which blocks can then call whole; among equals, the first.
+    def preference(position: int) -> tuple[bool, int, int]:
         depth = sum(start <= position < stop for _, start, stop in trace.spans)
-        return run.overwritten(Cut(node, position)), depth, position
+        return position in run.overwritten, depth, position
 
     names = _names(trace)
-    return [
-        (names[node], Cut(node, min(choices, key=lambda position: preference(node, position))))
-        for node, choices in positions.items()
-    ]
+    return [(names[node], Cut(node, min(choices, key=preference))) for node, choices in positions.items()]
 
 
 def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -> set[str]:
-    """Names of the cuts that have the same parameter, or the same module with buffers, on both sides."""
+    """Return names of the cuts that have the same parameter, or the same module with buffers, on both sides."""
     uses: dict[int, list[int]] = {}
     for position, node in enumerate(trace.operations):
         tensors: list[Tensor] = []
@@ -239,10 +253,11 @@ def _tied(network: nn.Module, trace: Trace, cuts: list[tuple[list[str], Cut]]) -
 
 
 def _names(trace: Trace) -> dict[fx.Node, list[str]]:
+    """Name each node after the modules that returned it, outermost first, else after its operation."""
     total = Counter(path for path, _ in trace.returns)
     seen: Counter[str] = Counter()
     names: dict[fx.Node, list[str]] = {}
-    for path, node in trace.returns:
+    for path, node in trace.returns:  # inner calls come first
         seen[path] += 1
         names.setdefault(node, []).insert(0, path if total[path] == 1 else f"{path}@{seen[path]}")
 
@@ -268,13 +283,15 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 
 
 def is_composite(module: nn.Module) -> bool:
-    """Whether ``module`` has children and does more than to call them one after another."""
+    """Return whether ``module`` has children and does more than call them one after another."""
     return next(module.children(), None) is not None and type(module).forward is not nn.Sequential.forward
 
 
 def _rank(network: nn.Module, trace: Trace, cut: Cut) -> int:
+    """Return the rank that :class:`SplitPoint` describes."""
     returned_by = [network.get_submodule(path) for path, node in trace.returns if node is cut.node]
     rank = 0 if any(is_composite(module) for module in returned_by) else _operation_rank(network, cut.node)
+    # Inside a module of a repeated class, such as a residual block, a cut takes apart what the author made one piece.
     classes = Counter(type(network.get_submodule(path)) for path, _, _ in trace.spans)
     inside = [network.get_submodule(path) for path, start, stop in trace.spans if start <= cut.position < stop]
     return rank + any(is_composite(module) and classes[type(module)] > 1 for module in inside)
@@ -286,50 +303,57 @@ def _operation_rank(network: nn.Module, node: fx.Node) -> int:
         if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
             return 3
         return 1 if type(module).__name__.lower() in _ACTIVATIONS else 2
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _operation(node)
     if name.startswith("conv") or name == "linear":
         return 3
     return 1 if name.rstrip("_") in _ACTIVATIONS else 2
 
 
 def _channel_dim(network: nn.Module, node: fx.Node, shapes: dict[fx.Node, tuple[int, ...]]) -> int:
-    """Which dimension of ``node`` holds the channels: asked of the layers around it, else guessed from its shape."""
+    """Return which dimension of ``node`` holds the channels, going by the layers around it, else by its shape.
+
+    Walk from ``node`` to the operations that read it, through those that keep its shape (activations, sums), until a
+    layer tells by its kind: a convolution has channels at 1, a linear layer at -1. If none does, walk the other way.
+    """
     shape = shapes[node]
     if len(shape) == 2:
         return 1
-    readers: Callable[[fx.Node], list[fx.Node]] = lambda n: list(n.users)  # noqa: E731
-    writers: Callable[[fx.Node], list[fx.Node]] = lambda n: n.all_input_nodes  # noqa: E731
-    for neighbours in (readers, writers):
+    for forwards in (True, False):
         seen, queue = {node}, [node]
         while queue:
-            for other in neighbours(queue.pop(0)):
+            here = queue.pop(0)
+            for other in here.users if forwards else here.all_input_nodes:
                 kind = _layout(network, other)
                 if kind is not None and shapes.get(other, ())[:1] == shape[:1]:
                     return kind
-                if shapes.get(other) == shape and other not in seen and kind is None and not _moves_dims(other):
+                moves = _operation(other) in _MOVES_DIMS
+                if shapes.get(other) == shape and other not in seen and kind is None and not moves:
                     seen.add(other)
                     queue.append(other)
+    # No layer tells. Images are square more often than not: (N, H, H, C) is channels last.
     if len(shape) == 4 and not (shape[1] == shape[2] != shape[3]):
         return 1
     return -1
 
 
 def _layout(network: nn.Module, node: fx.Node) -> int | None:
+    """Return the dimension at which the layer ``node`` has channels, None if any would do."""
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
         if isinstance(module, _CHANNELS_FIRST):
             return 1
         if isinstance(module, _CHANNELS_LAST):
             return -1
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        if name in ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm"):
-            return 1
-        if name in ("linear", "layer_norm", "scaled_dot_product_attention"):
-            return -1
+    elif _operation(node) in ("conv1d", "conv2d", "conv3d", "batch_norm", "group_norm", "instance_norm"):
+        return 1
+    elif _operation(node) in ("linear", "layer_norm", "scaled_dot_product_attention"):
+        return -1
     return None
 
 
-def _moves_dims(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "flatten", "reshape", "view")
+_MOVES_DIMS = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "flatten", "reshape", "view")
+
+
+def _operation(node: fx.Node) -> str:
+    """Return the name of the function or method that ``node`` calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

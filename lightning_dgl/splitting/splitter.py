@@ -1,4 +1,4 @@
-"""From a network and a wish (how many blocks, or where to cut) to blocks that are known to reproduce the network."""
+"""Splitting: from a network and a number of blocks, or places to cut, to blocks that reproduce the network."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lightning_dgl.splitting.balance import choose_points
 from lightning_dgl.splitting.blocks import build_blocks
 from lightning_dgl.splitting.costs import HeadFactory, count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
-from lightning_dgl.splitting.dry_run import example_batch, in_mode, preserved_state
 from lightning_dgl.splitting.errors import SplitError
+from lightning_dgl.splitting.example_batch import example_batch
+from lightning_dgl.splitting.network_state import in_mode, preserved_state
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ def split(
 
     Args:
         network: a feed-forward network that takes one tensor.
-        num_blocks: how many blocks to make; the cuts are chosen so that the most expensive block is cheapest.
+        num_blocks: how many blocks to make; the cuts are chosen so that the largest block costs least.
         split_at: instead of ``num_blocks``: names of the split points to cut after, in forward order.
         example_input: a batch of the shape the network is trained on, on the network's device, or that shape.
-        balance: what ``num_blocks`` balances: "flops" (forward FLOPs, the same on every machine), "memory" (what is
-            held for backward; least memory on one device) or "time" (forward and backward of the example batch,
-            measured here; give it the batch size that you train with).
+        balance: the cost of a block: "flops" (forward FLOPs, the same on every machine), "memory" (bytes held for
+            backward; least memory on one device) or "time" (forward and backward of the example batch, measured here;
+            give it the batch size that you train with).
 
     Returns:
         The blocks. ``block.parameters()`` are the network's own parameter objects.

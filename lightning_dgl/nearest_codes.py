@@ -1,4 +1,7 @@
-"""The search for the nearest of a codebook's vectors: exact, fast on a CPU, and in little memory."""
+"""The search for the nearest codes: for each vector, the number of the codebook's vector that is nearest to it.
+
+It is exact, fast on a CPU, and needs little memory: scores, K for each vector, are never held for all vectors at once.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-def nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """For each vector of ``x`` the number of the nearest code, by Euclidean distance.
+def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    """Return, for each vector of ``x``, the number of the nearest code by Euclidean distance.
 
     Args:
         x: (N, G, D, S), floating-point; a vector runs along D.
@@ -22,11 +25,11 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """
     num_samples, num_groups, _, positions = x.shape
     on_cpu = x.device.type == "cpu"
-    # So many scores at once: what stays in a core's cache, or keeps an accelerator busy.
+    # How many scores at once: as many as stay in a core's cache, or keep an accelerator busy.
     chunk = max(1, (2**18 if on_cpu else 2**24) // len(codebook))
     # |x - c|² is least where x · c - |c|² / 2 is largest: one product, with a constant 1 appended to x.
     augmented = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
-    search = _Search(augmented) if on_cpu else _search_by_argmax(augmented)
+    search = _GridSearch(augmented) if on_cpu else _search_by_argmax(augmented)
     found = torch.empty(num_samples, num_groups, positions, dtype=_dtype_of_codes(codebook), device=x.device)
     samples, groups = max(1, chunk // (num_groups * positions)), max(1, chunk // positions)
     for n in range(0, num_samples, samples):
@@ -39,7 +42,7 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _search_by_argmax(augmented: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that finds the code of the largest score for each vector of (D, ...)."""
+    """Return a function that finds the code of the largest score for each vector of (D, ...)."""
 
     def search(part: Tensor) -> Tensor:
         part = part.float()
@@ -48,11 +51,20 @@ def _search_by_argmax(augmented: Tensor) -> Callable[[Tensor], Tensor]:
     return search
 
 
-class _Search:
-    """The same on a CPU, where ``argmax`` is slow and ``amax`` is fast, and fresh memory slower still.
+class _GridSearch:
+    """Finds the same codes on a CPU, where ``argmax`` is slow, ``amax`` is fast, and fresh memory is slower still.
 
-    Codes are laid out as a grid. The row and the column of the largest score are found by comparing it with the largest
-    of each row, and of each column. Where scores are equal these may not belong together; there ``argmax`` decides.
+    Codes are laid out as a grid. The largest score is compared with the largest of each row, and of each column: where
+    they are equal, that is its row and its column::
+
+        scores of 9 codes      largest of row
+          1   4   2                 4
+          3   7   5                 7   <- row 1
+          0   6   2                 6
+          3   7   5   largest of column
+              ^ column 1            code = 1 * 3 + 1 = 4
+
+    Where two scores are largest, more than one row or column is marked; there ``argmax`` decides.
     """
 
     def __init__(self, augmented: Tensor) -> None:
@@ -69,7 +81,7 @@ class _Search:
         augmented = augmented.clone()
         augmented[first[which] != torch.arange(len(which)), -1] = float("-inf")
         self._augmented = torch.cat([augmented, padding])
-        # What a product with marks at the largest row and the largest column yields: their numbers, and how many.
+        # A product with the marks yields the number of the marked row, that of the marked column, and how many marks.
         rows, columns = torch.arange(self._num_rows), torch.arange(side)
         numbers = [torch.cat([rows, 0 * columns]), torch.cat([0 * rows, columns]), torch.cat([rows, columns]) * 0 + 1]
         self._numbers = torch.stack(numbers).float()
@@ -100,10 +112,10 @@ class _Search:
         return found
 
 
-def nearest_compiled(x: Tensor, codebook: Tensor) -> Tensor:
-    """What :func:`nearest` returns, by a function that ``torch.compile`` makes of product and search in one."""
+def nearest_codes_compiled(x: Tensor, codebook: Tensor) -> Tensor:
+    """Return what :func:`nearest_codes` returns, from one compiled function for product and search."""
     bias = -0.5 * codebook.square().sum(1)
-    torch._dynamo.mark_static(codebook)  # its shape shapes the function; that of x, other boundaries', does not
+    torch._dynamo.mark_static(codebook)  # compiled for its shape; the shape of x, which differs by block, may vary
     torch._dynamo.mark_static(bias)
     found = torch.empty(*x.shape[:2], x.shape[3], dtype=_dtype_of_codes(codebook), device=x.device)
     samples = max(1, 2**19 // (x.shape[1] * x.shape[3]))
@@ -128,10 +140,10 @@ def _compiled_search() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _search_by_packing(x: Tensor, codebook: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of the largest score of each vector, where that is clear; and where it is not.
+    """Return the number of the largest score of each vector, and True where that number may be wrong.
 
-    The lowest bits of a score make place for its number, so that one maximum yields both. Where the score of that
-    number is not the largest of the exact ones, they were too near to each other for that.
+    The lowest bits of each score are replaced by its number, so that one maximum yields both. Where the exact score of
+    the number found is not the largest exact score, two scores differed in these bits only.
     """
     x = x.float()
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_dgl import split
 from lightning_dgl.splitting.balance import balanced_cuts
+from lightning_dgl.splitting.costs import memory
+from lightning_dgl.splitting.cut_points import analyse
 from tests.conftest import small_cnn
-from tests.networks import assert_equivalent
+from tests.splitting.networks import assert_equivalent
 
 
 def brute_force(
@@ -83,8 +85,8 @@ def test_as_many_blocks_as_there_are_places() -> None:
     assert balanced_cuts([3, 0, 1], [1.0, 2.0, 3.0, 4.0], [0.0] * 3, num_blocks=4) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("balance", ["flops", "time"])
-def test_either_balance_gives_valid_blocks(balance: str) -> None:
+@pytest.mark.parametrize("balance", ["flops", "memory", "time"])
+def test_every_balance_gives_valid_blocks(balance: str) -> None:
     network, x = small_cnn(dropout=0.5), torch.randn(4, 3, 8, 8)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     blocks = split(network, 4, example_input=x, balance=balance)
@@ -92,6 +94,29 @@ def test_either_balance_gives_valid_blocks(balance: str) -> None:
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert_equivalent(network, blocks, x)
+
+
+def test_memory_is_what_autograd_saves() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    costs = memory(analyse(network, torch.randn(3, 4)), None)
+    # Bytes for each sample: the first layer's input, 4 numbers; the second's, 8, which the activation saves, too.
+    assert costs.upto == [16, 48, 48]
+    assert costs.input == [0, 32]  # a block that begins after the activation holds its output once more
+
+
+class Attention(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_attention_is_counted_but_its_matrix_is_not_held() -> None:
+    heads, length, channels = 2, 64, 4
+    x = torch.randn(2, heads, length, channels)
+    network = nn.Sequential(nn.Linear(channels, channels), Attention(), nn.Flatten(), nn.Linear(512, 2))
+    traced = analyse(network, x)
+    flops = [point.cost for point in traced.usable]
+    assert flops[1] - flops[0] == 2 * 2 * heads * length * length * channels
+    assert memory(traced, None).upto[-1] < heads * length * length * 4
 
 
 class Scaled(nn.Module):

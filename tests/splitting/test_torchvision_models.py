@@ -1,6 +1,6 @@
 """torchvision's classification models at K = 4: the blocks are the network, bit for bit.
 
-One model of each family by default; ``pytest tests/test_torchvision_models.py --all-models`` takes all of them.
+One model of each family by default; ``pytest tests/splitting/test_torchvision_models.py --all-models`` takes all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 
 from lightning_dgl import split
-from tests.networks import assert_equivalent, assert_same
+from tests.splitting.networks import assert_equivalent, assert_same
 
 ONE_PER_FAMILY = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"),
