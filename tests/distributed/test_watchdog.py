@@ -41,14 +41,12 @@ def watch() -> Iterator[Watchdogs]:
     """Start watchdogs of some ranks, of which only rank 0 is loud; stop them after the test."""
     started: list[Watchdog] = []
 
-    def start(
-        *ranks: int, num_ranks: int = 0, store: Any = None, timeout: float = 30.0, **kwargs: Any
-    ) -> list[Watchdog]:
+    def start(*ranks: int, num_ranks: int = 0, store: Any = None, **kwargs: Any) -> list[Watchdog]:
         store = store or dist.HashStore()
         names = [f"Rank {rank}" for rank in range(num_ranks or len(ranks))]
-        defaults = {"received_sigterm": lambda: False, "children": []}
+        defaults: dict[str, Any] = {"timeout": 30.0, "received_sigterm": lambda: False, "children": []}
         for rank in ranks:
-            started.append(Watchdog(store, rank, names, timeout, is_loud=rank == 0, **{**defaults, **kwargs}))
+            started.append(Watchdog(store, rank, names, is_loud=rank == 0, **{**defaults, **kwargs}))
         return started
 
     yield start
@@ -123,10 +121,12 @@ def test_rank_0_waits_until_the_others_know_the_failure(watch: Watchdogs) -> Non
     store = dist.HashStore()
     dogs = watch(0, num_ranks=2, store=store)
     dogs[0].report(ZeroDivisionError("the culprit"))
-    waits = in_thread(dogs[0].await_others)
-    watch(1, num_ranks=2, store=store)
-    waits.join()
-    assert dogs[1].failure is not None
+    wait = in_thread(dogs[0].await_others)
+    wait.join(0.1)
+    assert wait.is_alive()
+    (*_, other) = watch(1, num_ranks=2, store=store)
+    wait.join()
+    assert other.failure is not None
 
 
 # A rank exits
@@ -159,11 +159,10 @@ def test_an_exited_child_is_named_with_its_exit_code(watch: Watchdogs) -> None:
 
 
 def test_rank_1_speaks_for_rank_0_if_the_store_ends_with_it(watch: Watchdogs) -> None:
-    host: dist.TCPStore | None = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    assert host is not None
+    hosts = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
     for rank in (1, 2):
-        dogs = watch(rank, num_ranks=3, store=dist.TCPStore("127.0.0.1", host.port, is_master=False))
-    del host
+        dogs = watch(rank, num_ranks=3, store=dist.TCPStore("127.0.0.1", hosts[0].port, is_master=False))
+    hosts.clear()
     for dog in dogs:
         assert message_of(dog).startswith("Rank 0 exited without an error message; ")
     assert [dog.is_silent for dog in dogs] == [False, True]
@@ -204,10 +203,17 @@ def test_a_rank_without_a_pulse_is_blamed_and_killed_if_it_is_on_this_host(is_he
         assert process.wait() == -(signal.SIGKILL if is_here else signal.SIGTERM)
 
 
-def test_a_rank_that_hangs_is_shown_by_who_waits_if_rank_0_does_not_answer(watch: Watchdogs) -> None:
-    (dog,) = watch(1, num_ranks=2, timeout=0.1)
-    with pytest.raises(RankFailedError, match="Rank 0 hangs; "):
-        wait_in_vain(dog)
+def test_rank_0_is_blamed_if_the_store_does_not_answer(watch: Watchdogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
+    answer = threading.Event()
+    monkeypatch.setattr(watchdog._Heart, "_look", lambda heart: answer.wait(20))
+    first, second = watch(1, 2, num_ranks=3, timeout=0.1)
+    with pytest.raises(RankFailedError, match=r"Rank 0 hangs; .* Rank 1 has waited 0\.1 s for Rank 0 to do something"):
+        wait_in_vain(first)
+    second.report(ZeroDivisionError("the culprit"))
+    assert not second.is_silent
+    assert "ZeroDivisionError: the culprit" in message_of(second)
+    answer.set()
 
 
 def test_all_ranks_that_wait_have_come_apart(watch: Watchdogs) -> None:
@@ -226,11 +232,6 @@ def test_all_ranks_that_wait_have_come_apart(watch: Watchdogs) -> None:
 # Collectives
 
 
-def break_down(dog: Watchdog, error: Exception) -> None:
-    with dog.collective("to average gradients"):
-        raise error
-
-
 def test_a_broken_collective_raises_the_failure_behind_it(watch: Watchdogs) -> None:
     dogs = watch(0, 1)
     with pytest.raises(RankFailedError, match="Rank 1 failed; ") as raised, dogs[0].collective("to average gradients"):
@@ -241,8 +242,9 @@ def test_a_broken_collective_raises_the_failure_behind_it(watch: Watchdogs) -> N
 
 def test_a_broken_collective_names_the_rank_whose_heart_stopped(watch: Watchdogs) -> None:
     dogs = watch(0, 1, num_ranks=3)
-    with pytest.raises(RankFailedError, match=r"Rank 2 exited without an error message; .*\(closed by peer\)"):
-        break_down(dogs[0], RuntimeError("closed by peer"))
+    message = r"Rank 2 exited without an error message; .*\(closed by peer\)"
+    with pytest.raises(RankFailedError, match=message), dogs[0].collective("to average gradients"):
+        raise RuntimeError("closed by peer")
     assert message_of(dogs[1]).startswith("Rank 2 exited")
 
 
@@ -255,12 +257,10 @@ def test_a_collective_that_takes_too_long_blames_the_rank_that_does_not_come(wat
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("not for torch")], ids=repr)
-def test_an_error_in_a_collective_without_a_failure_behind_it_is_raised_unchanged(
-    error: Exception, watch: Watchdogs
-) -> None:
+def test_an_error_that_no_failure_explains_is_raised_unchanged(error: Exception, watch: Watchdogs) -> None:
     dogs = watch(0, 1)
-    with pytest.raises(type(error)) as raised:
-        break_down(dogs[0], error)
+    with pytest.raises(type(error)) as raised, dogs[0].collective("to average gradients"):
+        raise error
     assert raised.value is error
     assert dogs[0].failure is None
 
