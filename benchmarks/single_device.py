@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from benchmarks.common import Backpropagation, Clock, in_processes, markdown_table, publish, quiet_trainer, sgd, spread
-from examples.networks import six_layers
+from examples.recipes.networks import six_layers
 from lightning_dgl import DGLModule, DGLStrategy, split
 
 KINDS = ("backprop", "checkpoint", "dgl")

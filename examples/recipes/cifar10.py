@@ -1,13 +1,13 @@
 """Train a CNN on CIFAR-10, or on another folder of small images, by any method of lightning-dgl.
 
     pip install "lightning-dgl[examples]"
-    python examples/cifar10.py                                           # the paper's six layers, in six blocks
-    python examples/cifar10.py --network resnet18 --blocks 4 --head mlp_sr
-    python examples/cifar10.py --method backprop                         # the same network, end to end
-    python examples/cifar10.py --method sequential                       # one block after another
-    python examples/cifar10.py --method async --slowdown 1.5 --codec 256x8
-    python examples/cifar10.py --data digits --epochs 5                  # a minute on a laptop, no download
-    python examples/cifar10.py --wandb online                            # with Weights & Biases
+    python examples/recipes/cifar10.py                                           # the paper's six layers, in six blocks
+    python examples/recipes/cifar10.py --network resnet18 --blocks 4 --head mlp_sr
+    python examples/recipes/cifar10.py --method backprop                         # the same network, end to end
+    python examples/recipes/cifar10.py --method sequential                       # one block after another
+    python examples/recipes/cifar10.py --method async --slowdown 1.5 --codec 256x8
+    python examples/recipes/cifar10.py --data digits --epochs 5                  # a minute on a laptop, no download
+    python examples/recipes/cifar10.py --wandb online                            # with Weights & Biases
 
 The default protocol is the paper's: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4, a fifth of the
 learning rate every 15 epochs, 50 epochs, batch 128, random crops and flips. There is no validation split, as in the

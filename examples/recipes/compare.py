@@ -1,9 +1,9 @@
 """Run one of the paper's comparisons: a grid of runs of cifar10.py, a table and a figure.
 
     pip install "lightning-dgl[examples]"
-    python examples/compare.py codecs                         # the protocol of the paper: hours on a GPU
-    python examples/compare.py codecs --protocol reduced      # a smaller one, for a CPU: a minute or two a run
-    python examples/compare.py codecs --protocol reduced --data digits --seeds 0     # a look at it, in minutes
+    python examples/recipes/compare.py codecs                         # the protocol of the paper: hours on a GPU
+    python examples/recipes/compare.py codecs --protocol reduced      # a smaller one, for a CPU: a minute or two a run
+    python examples/recipes/compare.py codecs --protocol reduced --data digits --seeds 0     # a look at it, in minutes
 
 Results go to a CSV file as they come, each with the arguments of cifar10.py that repeat it. A run that is there already
 is not run again: to go on after an interruption, or to add seeds, give the command again. Several processes may fill
