@@ -25,12 +25,12 @@ from wandb.proto import wandb_internal_pb2
 
 from tests.conftest import loader
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 TINY = ("--epochs", "1", "--images", "256", "--channels", "8", "--accelerator", "cpu")
 
 
 def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    command = [sys.executable, str(RECIPES / script), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
@@ -54,7 +54,7 @@ Main = Callable[..., None]
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Main]:
     """What a script does, in this process: ``script("cifar10", "--data", "digits")``."""
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(RECIPES)
     monkeypatch.chdir(tmp_path)
     level, threads = logging.getLogger("lightning.pytorch").level, torch.get_num_threads()
 

@@ -2,9 +2,9 @@
 
     pip install "lightning-dgl[examples]"
     python examples/recipes/imagenet.py --data /data/imagenet --network vgg13_bn --blocks 4
-    python examples/recipes/imagenet.py --data /data/imagenet --network vgg19_bn --blocks 2 --devices 2     # a block a GPU
+    python examples/recipes/imagenet.py --data /data/imagenet --network vgg19_bn --blocks 2 --devices 2
     python examples/recipes/imagenet.py --data /data/imagenet --network resnet152 --blocks 2 --codec half --devices 2
-    python examples/recipes/imagenet.py --synthetic 50 --network resnet152 --blocks 2 --channels-last   # images/s and memory
+    python examples/recipes/imagenet.py --synthetic 50 --network resnet152 --blocks 2 --channels-last  # speed, memory
 
 The folder holds train/<class>/* and val/<class>/*. The protocol is the paper's: SGD with learning rate 0.1, momentum
 0.9 and weight decay 1e-4, a tenth of the learning rate every 10 epochs, 50 epochs, batch 256, 16-bit mixed precision on
