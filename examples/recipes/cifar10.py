@@ -73,7 +73,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
-        make_network(args.network, 3, 10, args.channels)
+        with torch.device("meta"):  # only to refuse what there is not
+            make_network(args.network, 3, 10, args.channels)
     except ValueError as error:
         parser.error(str(error))
     if args.compile and args.method in ("dni", "cdni"):
