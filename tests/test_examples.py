@@ -185,7 +185,7 @@ def add_another_size(folder: Path) -> None:
     ("spoil", "message"),
     [
         (break_an_image, "test/dog/3.png cannot be read: cannot identify image file"),
-        (leave_out_a_class, "train has classes ['cat', 'dog'], but test has ['cat']. Unpack the data anew"),
+        (leave_out_a_class, "train has classes ['cat', 'dog'], but test has ['cat']. Unpack the data again"),
         (empty_a_class, "Found no valid file for the classes dog"),
         (add_another_size, "train/dog/z.png is of shape (3, 20, 20), others of (3, 32, 32)"),
     ],
@@ -200,7 +200,7 @@ def test_broken_image_folders(spoil: Callable[[Path], None], message: str, scrip
 
 
 def records(file: Path) -> Iterator[Any]:
-    """What Weights & Biases wrote for a run: a log of 32 KiB blocks, each record in one part or several."""
+    """Yield what Weights & Biases wrote for a run: a log of 32 KiB blocks, each record in one part or several."""
     data, at, parts = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:

@@ -1,4 +1,4 @@
-"""examples/quickstart.py as its user runs it: what it prints and saves, and what it says to bad arguments."""
+"""examples/quickstart.py prints and saves what it should, and answers bad arguments in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """A run for one epoch in a process and a folder of its own."""
+    """Run for one epoch in a fresh process and an empty folder."""
     folder = tmp_path_factory.mktemp("quickstart")
     command, environment = [sys.executable, str(SCRIPT), "--epochs", "1"], {**os.environ, "COLUMNS": "80"}
     return folder, subprocess.run(

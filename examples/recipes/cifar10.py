@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--update-bn", action="store_true", help="compute BatchNorm's statistics anew after training")
+    parser.add_argument("--update-bn", action="store_true", help="compute BatchNorm's statistics again after training")
     parser.add_argument("--precision", default="32-true", help="as of Lightning's Trainer")
     add_arguments(parser)
     args = parser.parse_args(arguments)
@@ -83,7 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_images(args: argparse.Namespace) -> tuple[Images, Images]:
-    """Training and test images that the arguments ask for."""
+    """Return the training and test images that the arguments ask for."""
     train, test = load(args.data, args.cache)
     if args.images:
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[: args.images]
@@ -92,7 +92,7 @@ def load_images(args: argparse.Namespace) -> tuple[Images, Images]:
 
 
 class Preprocessed(L.LightningModule):
-    """Makes what a network takes of a batch of uint8 images, on the device."""
+    """Makes a batch of uint8 images into what a network takes, on the device."""
 
     preprocessing: Preprocessing
 
@@ -180,7 +180,7 @@ class AllScores(nn.Module):
 
 
 def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str, Any]:
-    """Train as the arguments say; with loggers, and then with a progress bar and an evaluation after every epoch.
+    """Train as the arguments say; with loggers, also show progress and evaluate after every epoch.
 
     Returns:
         ``accuracies``, on the test set, of every block in percent; that of their ``ensemble``; ``compression``, how
@@ -213,7 +213,7 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
         # With a codec, BatchNorm has seen decoded activations, but what is kept and tested is the network without it.
         images = (batch.to(module.device) for batch, _ in train_batches)
         update_bn((module.preprocessing(batch, train=True) for batch in images), AllScores(module))
-    # Before the test, which starts to count anew.
+    # Before the test, which resets the counts.
     traffic = [own for own in module.boundaries.traffic if own.batches] if isinstance(module, DGLModule) else []
     encoded = sum(own.encoded_bytes for own in traffic)
     trainer.test(module, test_batches, verbose=False)
@@ -242,7 +242,7 @@ def main() -> None:
         print(f"block {j}: {accuracy:.2f} %")
     print(f"ensemble: {outcome['ensemble']:.2f} %")
     if outcome["compression"] > 1:
-        print(f"What crossed the boundaries was {outcome['compression']:.1f} times smaller than raw.")
+        print(f"What blocks sent each other was {outcome['compression']:.1f} times smaller than raw.")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Experiment:
     skip: tuple[tuple[str, str], ...] = ()
 
     def runs(self) -> dict[tuple[str, str], str]:
-        """What the arguments of each run have beside the common ones, by line and point."""
+        """Return the arguments of each run, without the common ones, by line and point."""
         return {
             (line, point): f"{of_line} {of_point}"
             for line, of_line in self.lines.items()
@@ -135,7 +135,7 @@ COLUMNS = ("arguments", "blocks", "ensemble", "compression", "head_share", "seco
 
 
 def read(results: Path) -> dict[str, dict[str, str]]:
-    """What is known already: a row for each run, by its arguments."""
+    """Return the row of each run that is finished, by its arguments."""
     if not results.exists():
         return {}
     return {row["arguments"]: row for row in csv.DictReader(results.read_text().splitlines())}
@@ -173,7 +173,7 @@ def are_numbers(names: list[str]) -> bool:
 
 
 def table(values: Outcomes, further: dict[str, dict[str, str]]) -> str:
-    """In Markdown: mean ± standard deviation over the seeds, and ``further`` columns, by title and line."""
+    """Return a Markdown table: mean ± standard deviation over the seeds, and ``further`` columns, by title and line."""
     names = columns(values)
     rows = [["", *names, *further], ["---"] * (len(names) + len(further) + 1)]
     for line, own in values.items():

@@ -92,7 +92,7 @@ class OneBatch(Dataset[tuple[Tensor, Tensor]]):
 
 
 def make_loaders(args: argparse.Namespace) -> tuple[DataLoader[Any], DataLoader[Any] | None, int]:
-    """Training and validation batches of uint8 images, and the number of classes."""
+    """Return training and validation batches of uint8 images, and the number of classes."""
     if args.synthetic is not None:
         batches = OneBatch(args.synthetic, args.batch_size, args.image_size, 1000)
         return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available()), None, 1000
