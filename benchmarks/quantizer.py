@@ -3,7 +3,7 @@
     python -m benchmarks.quantizer --output quantizer.md
 
 The first table has the bytes that each link carries in a step of the paper's network of six convolutions with 128 to
-512 channels, batch 128: codes, codebooks, targets and headers, in MB; and the size of replay buffers of 30 such batches.
+512 channels, batch 128: codes, codebooks, targets and headers, in MB; and the size of buffers of 30 such batches.
 
 The second has the time to learn, encode and decode, against the local step of the block whose output is encoded.
 

@@ -35,7 +35,7 @@ def six_layers(in_channels: int, num_classes: int, channels: int = 128) -> nn.Se
 
 
 def six_layers_late_pools(in_channels: int, num_classes: int, channels: int = 128) -> nn.Sequential:
-    """Return the asynchronous experiments' network: pools before the third and fifth convolution, where width doubles."""
+    """Return the asynchronous experiments' network: pools before the third and fifth convolution, where it widens."""
     return layered([channels * f for f in (1, 1, 2, 2, 4, 4)], (2, 4), 3, in_channels, num_classes)
 
 
