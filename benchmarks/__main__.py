@@ -4,7 +4,7 @@
     python -m benchmarks overhead --repeats 1     # some of them, and only once
     python -m benchmarks --gpu                    # on one GPU, too
 
-Each is a command of its own as well, with more options: ``python -m benchmarks.NAME --help``. The limited link needs
+Each also runs alone, with more options: ``python -m benchmarks.NAME --help``. The limited link needs
 root.
 """
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Share what all benchmarks need: fresh processes, clocks, tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 # What the processes start with. torch.set_num_threads has the last word on threads. Freed memory is kept for the next
-# step: by default glibc returns every large tensor to the system, and getting its pages anew can be a third of a step.
+# step: by default glibc returns every large tensor to the system, and getting its pages back can be a third of a step.
 PROCESS_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -32,7 +32,7 @@ PROCESS_ENVIRONMENT = {
 
 
 def sgd(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """As the package's default, but with a learning rate at which noise can be trained on for ever."""
+    """Return the package's default optimizer, with a learning rate so small that training on noise never diverges."""
     return torch.optim.SGD(params, lr=1e-5, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
@@ -50,7 +50,7 @@ class Backpropagation(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """Seconds of the training steps after the first ``warm_up``."""
+    """Measures the seconds of the training steps after the first ``warm_up``."""
 
     seconds = 0.0
 
@@ -73,7 +73,7 @@ def _wait_for_device(module: L.LightningModule) -> None:
 
 
 def quiet_trainer(devices: int = 1, **kwargs: Any) -> L.Trainer:
-    """A Trainer for one epoch, by default on one device, that prints and writes nothing."""
+    """Return a Trainer for one epoch, by default on one device, that prints and writes nothing."""
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -92,7 +92,7 @@ def quiet_trainer(devices: int = 1, **kwargs: Any) -> L.Trainer:
 
 
 def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: Any, together: bool = True) -> list[T]:
-    """What ``work(rank, *args)`` returns in each of ``num_ranks`` fresh processes with ``threads`` intra-op threads.
+    """Return what ``work(rank, *args)`` returns in ``num_ranks`` fresh processes with ``threads`` intra-op threads.
 
     The processes know each other as Lightning's ranks do, and as ``init_process_group`` expects, if they work
     ``together``. They are forked from one that has imported everything and computed nothing.
@@ -126,13 +126,13 @@ def _work(rank: int, port: int | None, threads: int, work: Callable[..., T], *ar
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Median, smallest and largest of ``values``."""
+    """Return median, smallest and largest of ``values``, as text."""
     middle, least, most = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
     return f"{middle} ({least}–{most})"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, all columns but the first aligned to the right; nothing if it has no rows."""
+    """Return a table in Markdown, all columns but the first aligned to the right; nothing if it has no rows."""
     if not rows:
         return ""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
@@ -140,7 +140,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def publish(text: str, output: Path | None) -> None:
-    """Print ``text``, and write it to a file if there is to be one."""
+    """Print ``text``, and write it to ``output`` if given."""
     print(text)
     if output is not None:
         output.write_text(text + "\n", encoding="utf-8")

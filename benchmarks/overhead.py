@@ -1,4 +1,4 @@
-"""Samples per second of Trainer + DGLStrategy over a bare PyTorch loop of the same algorithm.
+"""Measure samples per second of Trainer + DGLStrategy over a bare PyTorch loop of the same algorithm.
 
     python -m benchmarks.overhead --repeats 7
 
@@ -24,7 +24,7 @@ CHANNELS = (128, 256, 256, 512)
 
 
 def network() -> nn.Sequential:
-    """Four 3×3 convolutions with BatchNorm and ReLU, pooling before the second and the fourth, for 32×32 images."""
+    """Return four 3×3 convolutions with BatchNorm and ReLU for 32×32 images; pools before the second and fourth."""
     layers: list[nn.Module] = []
     channels = 3
     for i, width in enumerate(CHANNELS):

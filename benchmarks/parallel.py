@@ -1,4 +1,4 @@
-"""Samples per second with the blocks of a CNN on two ranks, against one rank, DDP, and pipeline schedules.
+"""Measure samples per second with the blocks of a CNN on two ranks, against one rank, DDP, and pipeline schedules.
 
     python -m benchmarks.parallel --output parallel.md
 
@@ -56,7 +56,7 @@ PIPELINES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, on what, and for how long."""
+    """A network, its data, and how long to train it."""
 
     kind: str
     ranks: int
@@ -83,14 +83,14 @@ class Setup:
         return cls(kind, ranks, threads, micro_batches=micro_batches, **how)
 
     def images(self, batches_a_step: int = 1) -> DataLoader[tuple[Tensor, ...]]:
-        """Noise in memory, of all steps."""
+        """Return noise in memory, for all steps."""
         num_samples = self.batch_size * (self.warm_up + self.steps)
         data = TensorDataset(torch.randn(num_samples, 3, 32, 32), torch.randint(0, 10, (num_samples,)))
         return DataLoader(data, self.batch_size // batches_a_step)
 
 
 def network(num_blocks: int, channels: int) -> nn.Sequential:
-    """Blocks of a cheap convolution and three of 3×3, each with BatchNorm and ReLU; the last ends in a classifier.
+    """Return blocks of a cheap and three 3×3 convolutions, with BatchNorm and ReLU; the last ends in a classifier.
 
     The cheap one is the first block's 3×3 on three channels, and 1×1 in the others. As neither passes a gradient on to
     its input, all blocks do about the same work.
@@ -120,7 +120,7 @@ def dgl_module(setup: Setup) -> DGLModule:
 
 @dataclass
 class Reading:
-    """What one rank has used up; all but the bytes since the end of the warm-up."""
+    """The resources one rank used; all but the bytes since the end of the warm-up."""
 
     seconds: float
     cpu_seconds: float
@@ -152,7 +152,7 @@ class Stopwatch:
 
 
 class Clock(L.Callback):
-    """A stopwatch under the Trainer, which reads also what a stage waits for its links, and sends."""
+    """A stopwatch under the Trainer; also reads how long a stage waits for its links, and the bytes it sends."""
 
     def __init__(self, setup: Setup) -> None:
         self._watch = Stopwatch(setup, setup.micro_batches)
@@ -225,7 +225,7 @@ def train_pipeline(rank: int, setup: Setup) -> Reading:
 
 
 def time_blocks(rank: int, setup: Setup) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds of each block's local steps, head and optimizer included, and of each head's part of them."""
+    """Return the seconds of each block's local steps, head and optimizer included, and of each head's part of them."""
     module = dgl_module(setup)
     heads = [*module.heads, nn.Identity()]
     module.blocks.train()
@@ -255,13 +255,13 @@ def time_blocks(rank: int, setup: Setup) -> tuple[list[list[float]], list[list[f
 
 @dataclass
 class Results:
-    """What was measured of each method: in each repeat, the readings of its ranks."""
+    """The measurements of each method: in each repeat, the readings of its ranks."""
 
     setups: dict[str, Setup]
     readings: dict[str, list[list[Reading]]]
 
     def seconds(self, name: str) -> list[float]:
-        """Of the timed steps of the slowest rank, by repeat."""
+        """Return the time of the timed steps of the slowest rank, by repeat."""
         return [max(rank.seconds for rank in ranks) for ranks in self.readings[name]]
 
     def samples_per_second(self, name: str) -> list[float]:
@@ -270,7 +270,7 @@ class Results:
         return [samples / seconds for seconds in self.seconds(name)]
 
     def ratios(self, name: str, others: list[str]) -> list[float]:
-        """Samples per second over those of the fastest of others, repeat by repeat."""
+        """Return samples per second over those of the fastest of ``others``, repeat by repeat."""
         fastest = [max(speeds) for speeds in zip(*map(self.samples_per_second, others), strict=True)]
         return [a / b for a, b in zip(self.samples_per_second(name), fastest, strict=True)]
 

@@ -1,11 +1,11 @@
-"""What codecs save and what they cost.
+"""Measure what codecs save and what they cost.
 
     python -m benchmarks.quantizer --output quantizer.md
 
-What is sent in a step at each boundary of the paper's network of six convolutions with 128 to 512 channels, batch 128:
-codes, codebooks, targets and headers, in MB; and what a replay buffer of 30 such batches holds.
+The first table has the bytes that each link carries in a step of the paper's network of six convolutions with 128 to
+512 channels, batch 128: codes, codebooks, targets and headers, in MB; and the size of buffers of 30 such batches.
 
-Then the time for learning, encoding and decoding against the local step of the block whose output is encoded.
+The second has the time to learn, encode and decode, against the local step of the block whose output is encoded.
 
 The block has two 3×3 convolutions, BatchNorm and ReLU after each, and an MLP-SR head; its output has 128 channels at
 16×16, batch 128; one thread. Beside the quantizer stands the plain way to find the nearest code: a matrix product in
@@ -38,7 +38,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def plain_search(x: Tensor, codebook: Tensor, chunk: int = 65536) -> Tensor:
-    """The nearest code of every vector, by a product and argmax."""
+    """Return the nearest code of every vector, by a product and argmax."""
     samples, channels, height, width = x.shape
     code_dim = codebook.shape[1]
     grouped = x.view(samples, channels // code_dim, code_dim, height * width).transpose(2, 3).reshape(-1, code_dim)
@@ -83,8 +83,8 @@ def measure(rank: int, codebooks: list[tuple[int, int]], repeats: int) -> dict[s
     return {name: values[1:] for name, values in taken.items()}
 
 
-def bytes_at_boundaries() -> str:
-    """A table, a column for each boundary; how many bytes there are does not depend on the values."""
+def bytes_on_links() -> str:
+    """Return a table with a column for each link; the number of bytes does not depend on the values."""
     shapes = [(128, 128, 32, 32)] * 2 + [(128, 256, 16, 16)] * 2 + [(128, 512, 8, 8)]
     codecs: dict[str, Any] = {"raw": None, "half": "half"} | {
         f"(256, {code_dim})": VectorQuantizer(256, code_dim) for code_dim in (4, 8, 16)
@@ -117,7 +117,7 @@ def main() -> None:
         shares = [100 * own / step for own, step in zip(values, taken["step"], strict=True)]
         rows.append([name, spread([1e3 * s for s in values], 0), spread(shares, 1)])
     times = markdown_table(["(codes, code_dim)", "ms", "% of the block's step"], rows)
-    publish(f"{bytes_at_boundaries()}\n{args.repeats} repeats: median (min–max).\n\n{times}", args.output)
+    publish(f"{bytes_on_links()}\n{args.repeats} repeats: median (min–max).\n\n{times}", args.output)
 
 
 if __name__ == "__main__":

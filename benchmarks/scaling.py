@@ -1,4 +1,4 @@
-"""How DGL scales with the number of stages: predicted from measured block times, checked, and taken on to 64 stages.
+"""Measure how DGL scales with the number of stages: predict from block times, check, and extrapolate to 64 stages.
 
     python -m benchmarks.scaling --output scaling.md
 
@@ -50,7 +50,7 @@ class Blocks:
 
     @classmethod
     def measure(cls, setup: Setup, num_processes: int) -> Blocks:
-        """The median of a rank; the mean over ranks."""
+        """Return the mean over ranks of the median of a rank."""
         ranks = []
         for of_blocks, of_heads in in_processes(num_processes, 1, time_blocks, setup):
             ranks.append([statistics.median(seconds) for seconds in (*of_blocks, of_heads[1])])
@@ -86,7 +86,7 @@ class Link:
 
 
 def time_messages(rank: int, num_bytes: int, repeats: int = 10) -> tuple[float, float, float]:
-    """Seconds of half a round trip, seconds of a message of ``num_bytes``, and this end's CPU seconds for one."""
+    """Return seconds of half a round trip, and of a message of ``num_bytes``: wall time, and this end's CPU time."""
     dist.init_process_group("gloo", rank=rank, world_size=2)
     signal, message = torch.zeros(1), torch.ones(num_bytes // 4)
 
@@ -113,7 +113,7 @@ def time_messages(rank: int, num_bytes: int, repeats: int = 10) -> tuple[float, 
 
 
 def seconds_a_step(stages: list[float], transfer: float, num_cores: int) -> float:
-    """The law."""
+    """Return the seconds per step that the law predicts."""
     return max(*stages, transfer, sum(stages) / num_cores)
 
 

@@ -1,16 +1,16 @@
-"""One device: decoupled greedy learning against backpropagation and activation checkpointing, all under Lightning.
+"""Measure one device: greedy learning against backpropagation and activation checkpointing, all under Lightning.
 
     python -m benchmarks.single_device --output single_device.md --figure single_device.png
 
 A method is named KIND-K, with ``+compile`` and ``+channels_last`` where it has these:
 
 - backprop: end-to-end backpropagation.
-- checkpoint-K: the same, keeping of K segments (equal in memory) only their inputs, and computing the rest anew.
+- checkpoint-K: the same, keeping of K segments (equal in memory) only their inputs, and computing the rest again.
 - dgl-K: K blocks, balanced by memory, trained by DGLStrategy.
 
 All train the same network with the same optimizer on the same batch, which is on the device already. Peak memory is
 what torch has allocated at most, weights, gradients, momentum and the auxiliary heads' included: on a GPU its
-allocator's figure, on a CPU counted by its profiler in a run of its own. The largest batch that fits is tried out on a
+allocator's figure, on a CPU counted by its profiler in a separate run. The largest batch that fits is tried out on a
 GPU; on a CPU it is reckoned from the peaks at two batch sizes, and ``--budget`` is what it must fit in.
 """
 
@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from benchmarks.common import Backpropagation, Clock, in_processes, markdown_table, publish, quiet_trainer, sgd, spread
-from examples.networks import six_layers
+from examples.recipes.networks import six_layers
 from lightning_dgl import DGLModule, DGLStrategy, split
 
 KINDS = ("backprop", "checkpoint", "dgl")
@@ -97,7 +97,7 @@ class Setup:
 
     @property
     def number(self) -> int:
-        """K, of blocks or of segments."""
+        """Return K, the number of blocks or of segments."""
         return int(self.method.partition("+")[0].partition("-")[2] or 1)
 
     @property
@@ -157,7 +157,7 @@ def noise(setup: Setup, batch_size: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Reading:
-    """What one run shows.
+    """The measurements of one run.
 
     Attributes:
         seconds: of a step.
@@ -193,7 +193,7 @@ def time_steps(rank: int, setup: Setup) -> Reading:
 
 
 def count_bytes(rank: int, setup: Setup) -> int:
-    """Bytes allocated on the CPU at most, in a step, one on two samples before it, and all that comes before."""
+    """Return the most bytes allocated on the CPU in a step, one on two samples before it, and all that precedes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train(replace(setup, warm_up=1, steps=1), warm_up_batch_size=2)
     assert profiler.profiler is not None
@@ -202,7 +202,7 @@ def count_bytes(rank: int, setup: Setup) -> int:
 
 
 def largest_batch(rank: int, setup: Setup) -> int:
-    """The largest batch that a GPU can train on, found by trying."""
+    """Find the largest batch that a GPU can train on, by trying."""
 
     def fits(batch_size: int) -> bool:
         try:
@@ -218,7 +218,7 @@ def largest_batch(rank: int, setup: Setup) -> int:
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, to within a sixteenth."""
+    """Find the largest number that fits, to within a sixteenth."""
     if not fits(1):
         return 0
     too_large = 2
@@ -236,7 +236,7 @@ def largest(fits: Callable[[int], bool]) -> int:
 
 @dataclass
 class Result:
-    """What was measured of one method.
+    """The measurements of one method.
 
     Attributes:
         seconds: of a step, by repeat.
@@ -257,12 +257,12 @@ class Result:
         return [self.setup.batch_size / seconds for seconds in self.seconds]
 
     def speed_over(self, other: Result) -> list[float]:
-        """Samples per second over another method's, repeat by repeat."""
+        """Return samples per second over another method's, repeat by repeat."""
         return [a / b for a, b in zip(self.samples_per_second, other.samples_per_second, strict=True)]
 
 
 def measure(setups: list[Setup], args: argparse.Namespace) -> list[Result]:
-    """All methods on one network, in interleaved repeats."""
+    """Measure all methods on one network, in interleaved repeats."""
     readings: dict[Setup, list[Reading]] = {setup: [] for setup in setups}
     for repeat in range(args.repeats):
         for setup in setups:
@@ -289,7 +289,7 @@ def measure(setups: list[Setup], args: argparse.Namespace) -> list[Result]:
 
 
 def table(results: list[Result]) -> str:
-    """One row a method; ratios are over the first, repeat by repeat."""
+    """Return a table with a row for each method; ratios are over the first, repeat by repeat."""
     first, rows = results[0], []
     for result in results:
         speeds = result.samples_per_second
@@ -314,7 +314,7 @@ def table(results: list[Result]) -> str:
 
 
 def draw(results: dict[str, list[Result]], path: Path) -> None:
-    """Throughput against memory: a panel for each network, a point for each method."""
+    """Draw throughput against memory: a panel for each network, a point for each method."""
     markers = {"": "o", "channels_last": "s", "compile": "v", "channels_last+compile": "^"}
     names = list(dict.fromkeys(result.setup.method for own in results.values() for result in own))
     colours = {base: f"C{i}" for i, base in enumerate(dict.fromkeys(name.partition("+")[0] for name in names))}
@@ -378,7 +378,7 @@ def main() -> None:
         for setup in setups:
             setup.check()
         results[name] = measure(setups, args)
-        report(results, args)  # anew after each network: the next may take long
+        report(results, args)  # after each network: the next may take long
 
 
 def report(results: dict[str, list[Result]], args: argparse.Namespace) -> None:

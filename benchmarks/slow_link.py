@@ -1,4 +1,4 @@
-"""Training over a really slow link: two ranks in two network namespaces, joined by a link with a token-bucket limit.
+"""Train over a really slow link: two ranks in two network namespaces, joined by a link with a token-bucket limit.
 
     sudo python -m benchmarks.slow_link --output slow_link.md
 
@@ -93,7 +93,7 @@ def measure(method: str, how: dict[str, int]) -> list[Reading]:
 
 
 def work(method: str, rank: int, how: dict[str, int]) -> Reading:
-    """What one rank does, in a process of its own."""
+    """Train one rank, in its own process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if method in ("1f1b", "ddp"):

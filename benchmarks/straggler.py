@@ -1,4 +1,4 @@
-"""What a slow block costs the one before it: synchronous against asynchronous DGL, the second of two ranks slowed down.
+"""Measure what a slow block costs the one before it: two ranks, the second slowed down, synchronous and asynchronous.
 
     python -m benchmarks.straggler --output straggler.md
 
@@ -44,7 +44,7 @@ class Rests(L.Callback):
 
 
 def train(rank: int, setup: Setup, method: str, slowdown: float) -> tuple[float, int, int]:
-    """Samples per second of this rank, the steps it has taken, and how many of its outputs were dropped."""
+    """Return samples per second of this rank, its number of steps, and how many of its outputs were dropped."""
     schedule, is_slowed = METHODS[method]
     clock, drops = Clock(setup), Drops()
     trainer = quiet_trainer(

@@ -2,6 +2,7 @@
 
 Two stages on one machine (CPU cores or GPUs):
 
+    pip install "lightning-dgl[examples]"
     python examples/parallel_blocks.py --devices 2
 
 Two replicas of two stages, each replica on its half of every batch:
@@ -17,26 +18,53 @@ A cluster that runs SLURM, two nodes with four devices each:
 
     srun --nodes 2 --ntasks-per-node 4 python examples/parallel_blocks.py --nodes 2 --devices 4 --blocks 8
 
-The script is the same for one process (--devices 1), and so are the weights that it ends with, on CPU bit for bit.
+With --devices 1 the same script trains in one process and, on CPU, ends with the same weights bit for bit. Copy this
+file and put in your own network and data.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import time
 from typing import Any
 
 import lightning as L
-from quickstart import DigitNet, digits
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dgl import DGLModule, DGLStrategy
 
 
+def make_network() -> nn.Sequential:
+    """Return six convolutions and a linear classifier: (N, 1, 16, 16) -> class scores (N, 10)."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((1, 32, 32, 64, 64, 64, 64)):
+        convolution = nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
+        layers.append(nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU()))
+    layers.insert(2, nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """Return training and validation images (N, 1, 16, 16) and labels (N,), always split in the same way."""
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    x = F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
+    y = torch.tensor(labels, dtype=torch.int64)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, val = order[:1437], order[1437:]
+    x = (x - x[train].mean()) / x[train].std()
+    return TensorDataset(x[train], y[train]), TensorDataset(x[val], y[val])
+
+
 class Clock(L.Callback):
-    """Counts the training samples a second of every epoch but the first, which warms up."""
+    """Prints the training samples per second of all epochs but the first, which warms up."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch == 1:
@@ -55,7 +83,7 @@ def main() -> None:
     # Each replica draws its share of a batch; the gradients of replicas are averaged.
     batch_size = ARGS.batch_size // ARGS.data_parallel_size
     module = DGLModule(
-        DigitNet(),
+        make_network(),
         num_blocks=ARGS.blocks,
         example_input=(2, 1, 16, 16),
         optimizer=lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=5e-4),

@@ -82,7 +82,7 @@ class DigitNet(nn.Module):
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Training and validation images (N, 1, 16, 16) and labels (N,), in a split that is always the same."""
+    """Return training and validation images (N, 1, 16, 16) and labels (N,), always split in the same way."""
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     x = F.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)

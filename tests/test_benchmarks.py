@@ -1,4 +1,4 @@
-"""What the benchmarks reckon; what they measure is nobody's to assert."""
+"""The benchmarks calculate correctly; no test asserts what they measure."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 def layered(
     widths: Sequence[int], pool_before: Collection[int], hidden_layers: int, in_channels: int, num_classes: int
 ) -> nn.Sequential:
-    """3×3 convolution, BatchNorm, ReLU for each of ``widths``, after a 2×2 max-pool where asked; then a classifier.
+    """Return 3×3 convolution, BatchNorm, ReLU for each of ``widths``, pools (2×2, max) where asked, and a classifier.
 
     The classifier pools to 2×2 and has ``hidden_layers`` of 4C units with BatchNorm, as in the authors' code.
     """
@@ -30,22 +30,22 @@ def layered(
 
 
 def six_layers(in_channels: int, num_classes: int, channels: int = 128) -> nn.Sequential:
-    """That of the study of auxiliary heads: pools before the second and the fourth convolution, where width doubles."""
+    """Return the network of the study of heads: pools before the second and fourth convolution, where width doubles."""
     return layered([channels * f for f in (1, 2, 2, 4, 4, 4)], (1, 3), 2, in_channels, num_classes)
 
 
 def six_layers_late_pools(in_channels: int, num_classes: int, channels: int = 128) -> nn.Sequential:
-    """That of the asynchronous experiments: pools before the third and the fifth convolution, where width doubles."""
+    """Return the asynchronous experiments' network: pools before the third and fifth convolution, where it widens."""
     return layered([channels * f for f in (1, 1, 2, 2, 4, 4)], (2, 4), 3, in_channels, num_classes)
 
 
 def four_layers(in_channels: int, num_classes: int, channels: int = 64) -> nn.Sequential:
-    """That of the comparison with sequential greedy training."""
+    """Return the network compared with sequential greedy training."""
     return layered([channels * f for f in (1, 2, 2, 4)], (1, 3), 2, in_channels, num_classes)
 
 
 def dni_network(in_channels: int, num_classes: int, channels: int = 128) -> nn.Sequential:
-    """That of the comparison with synthetic gradients: three 5×5 convolutions, each followed by a 3×3 pool."""
+    """Return the network compared with synthetic gradients: three 5×5 convolutions, each followed by a 3×3 pool."""
     pools = (nn.MaxPool2d, nn.AvgPool2d, nn.AvgPool2d)
     blocks: list[nn.Module] = []
     for before, pool in zip((in_channels, channels, channels), pools, strict=True):
@@ -82,7 +82,7 @@ class ResidualUnit(nn.Module):
 
 
 def cifar_resnet(depth: int, in_channels: int, num_classes: int) -> nn.Sequential:
-    """A ResNet for CIFAR of ``depth`` = 6n + 2 layers: three times n units, of 16, 32 and 64 channels."""
+    """Return a ResNet for CIFAR of ``depth`` = 6n + 2 layers: three times n units, of 16, 32 and 64 channels."""
     units: list[nn.Module] = []
     before = 16
     for after, stride in ((16, 1), (32, 2), (64, 2)):
@@ -101,7 +101,7 @@ def cifar_resnet(depth: int, in_channels: int, num_classes: int) -> nn.Sequentia
 
 
 def make_network(name: str, in_channels: int, num_classes: int, channels: int | None) -> tuple[nn.Module, list[str]]:
-    """A network for images of 32×32 or so, and the layers to cut after; none where the cuts are for balance to choose.
+    """Return a network for images of about 32×32, and the layers to cut after (none: let balance choose).
 
     Args:
         name: one of :data:`LAYERED`; resnet20, 32, 44, 56 or 110, those of the paper on CIFAR; or a classification

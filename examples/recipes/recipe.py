@@ -1,4 +1,4 @@
-"""What the training scripts share: the codec that was asked for; what a run leaves behind: log, plots, checkpoint."""
+"""Share what the training scripts need: arguments, codecs, loggers, plots and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_dgl import BlockMonitor, DGLModule, VectorQuantizer, plot_blocks
 
 
 def be_quiet() -> None:
-    """Leave out what Lightning says of every run and nobody needs here."""
+    """Silence Lightning's hints that nobody needs here."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     expected = ("does not have many workers", "GPU available but not used", "LeafSpec", "have no `val_dataloader`")
     warnings.filterwarnings("ignore", f".*({'|'.join(expected)}).*")
@@ -32,7 +32,7 @@ def add_codec(parser: argparse.ArgumentParser) -> None:
 
 
 def _codec(text: str) -> str | list[int] | None:
-    """What ``--codec`` says: raw (None), "half", or a number of codes, their dimension, and that of codebooks."""
+    """Parse ``--codec``: raw (None), "half", or the number of codes, their dimension, and the number of codebooks."""
     if text in ("raw", "half"):
         return None if text == "raw" else "half"
     numbers = text.split("x")
@@ -50,7 +50,7 @@ def make_codec(args: argparse.Namespace) -> str | VectorQuantizer | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add those that any run has: how it computes, and where its outcome goes."""
+    """Add the arguments of every run: how it computes, and where its outcome goes."""
     parser.add_argument("--compile", action="store_true", help="blocks and heads; needs a C++ compiler")
     parser.add_argument(
         "--channels-last", action="store_true", help="memory format that many convolutions are faster in"
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_loggers(args: argparse.Namespace, name: str, tags: list[str]) -> list[Logger]:
-    """A CSV log below ``args.output``, and Weights & Biases; the settings of the run are kept in both."""
+    """Return loggers to CSV below ``args.output`` and to Weights & Biases; both record the settings of the run."""
     loggers: list[Logger] = [CSVLogger(args.output, name=name)]
     if args.wandb == "disabled":
         print("Logged to CSV files only; --wandb online or offline logs to Weights & Biases, too.")

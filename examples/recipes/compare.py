@@ -1,9 +1,9 @@
 """Run one of the paper's comparisons: a grid of runs of cifar10.py, a table and a figure.
 
     pip install "lightning-dgl[examples]"
-    python examples/compare.py codecs                         # the protocol of the paper: hours on a GPU
-    python examples/compare.py codecs --protocol reduced      # a smaller one, for a CPU: a minute or two a run
-    python examples/compare.py codecs --protocol reduced --data digits --seeds 0     # a look at it, in minutes
+    python examples/recipes/compare.py codecs                         # the protocol of the paper: hours on a GPU
+    python examples/recipes/compare.py codecs --protocol reduced      # a smaller one, for a CPU: a minute or two a run
+    python examples/recipes/compare.py codecs --protocol reduced --data digits --seeds 0     # a look at it, in minutes
 
 Results go to a CSV file as they come, each with the arguments of cifar10.py that repeat it. A run that is there already
 is not run again: to go on after an interruption, or to add seeds, give the command again. Several processes may fill
@@ -54,7 +54,7 @@ class Experiment:
     skip: tuple[tuple[str, str], ...] = ()
 
     def runs(self) -> dict[tuple[str, str], str]:
-        """What the arguments of each run have beside the common ones, by line and point."""
+        """Return the arguments of each run, without the common ones, by line and point."""
         return {
             (line, point): f"{of_line} {of_point}"
             for line, of_line in self.lines.items()
@@ -135,7 +135,7 @@ COLUMNS = ("arguments", "blocks", "ensemble", "compression", "head_share", "seco
 
 
 def read(results: Path) -> dict[str, dict[str, str]]:
-    """What is known already: a row for each run, by its arguments."""
+    """Return the row of each run that is finished, by its arguments."""
     if not results.exists():
         return {}
     return {row["arguments"]: row for row in csv.DictReader(results.read_text().splitlines())}
@@ -173,7 +173,7 @@ def are_numbers(names: list[str]) -> bool:
 
 
 def table(values: Outcomes, further: dict[str, dict[str, str]]) -> str:
-    """In Markdown: mean ± standard deviation over the seeds, and ``further`` columns, by title and line."""
+    """Return a Markdown table: mean ± standard deviation over the seeds, and ``further`` columns, by title and line."""
     names = columns(values)
     rows = [["", *names, *further], ["---"] * (len(names) + len(further) + 1)]
     for line, own in values.items():

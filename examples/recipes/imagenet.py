@@ -1,10 +1,10 @@
 """Train VGG, ResNet or another network of torchvision on ImageNet, or any folder of images, in greedily trained blocks.
 
     pip install "lightning-dgl[examples]"
-    python examples/imagenet.py --data /data/imagenet --network vgg13_bn --blocks 4
-    python examples/imagenet.py --data /data/imagenet --network vgg19_bn --blocks 2 --devices 2     # a block a GPU
-    python examples/imagenet.py --data /data/imagenet --network resnet152 --blocks 2 --codec half --devices 2
-    python examples/imagenet.py --synthetic 50 --network resnet152 --blocks 2 --channels-last   # images/s and memory
+    python examples/recipes/imagenet.py --data /data/imagenet --network vgg13_bn --blocks 4
+    python examples/recipes/imagenet.py --data /data/imagenet --network vgg19_bn --blocks 2 --devices 2
+    python examples/recipes/imagenet.py --data /data/imagenet --network resnet152 --blocks 2 --codec half --devices 2
+    python examples/recipes/imagenet.py --synthetic 50 --network resnet152 --blocks 2 --channels-last  # speed, memory
 
 The folder holds train/<class>/* and val/<class>/*. The protocol is the paper's: SGD with learning rate 0.1, momentum
 0.9 and weight decay 1e-4, a tenth of the learning rate every 10 epochs, 50 epochs, batch 256, 16-bit mixed precision on
@@ -92,7 +92,7 @@ class OneBatch(Dataset[tuple[Tensor, Tensor]]):
 
 
 def make_loaders(args: argparse.Namespace) -> tuple[DataLoader[Any], DataLoader[Any] | None, int]:
-    """Training and validation batches of uint8 images, and the number of classes."""
+    """Return training and validation batches of uint8 images, and the number of classes."""
     if args.synthetic is not None:
         batches = OneBatch(args.synthetic, args.batch_size, args.image_size, 1000)
         return DataLoader(batches, batch_size=None, pin_memory=torch.cuda.is_available()), None, 1000

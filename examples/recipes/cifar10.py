@@ -1,13 +1,13 @@
 """Train a CNN on CIFAR-10, or on another folder of small images, by any method of lightning-dgl.
 
     pip install "lightning-dgl[examples]"
-    python examples/cifar10.py                                           # the paper's six layers, in six blocks
-    python examples/cifar10.py --network resnet18 --blocks 4 --head mlp_sr
-    python examples/cifar10.py --method backprop                         # the same network, end to end
-    python examples/cifar10.py --method sequential                       # one block after another
-    python examples/cifar10.py --method async --slowdown 1.5 --codec 256x8
-    python examples/cifar10.py --data digits --epochs 5                  # a minute on a laptop, no download
-    python examples/cifar10.py --wandb online                            # with Weights & Biases
+    python examples/recipes/cifar10.py                                           # the paper's six layers, in six blocks
+    python examples/recipes/cifar10.py --network resnet18 --blocks 4 --head mlp_sr
+    python examples/recipes/cifar10.py --method backprop                         # the same network, end to end
+    python examples/recipes/cifar10.py --method sequential                       # one block after another
+    python examples/recipes/cifar10.py --method async --slowdown 1.5 --codec 256x8
+    python examples/recipes/cifar10.py --data digits --epochs 5                  # a minute on a laptop, no download
+    python examples/recipes/cifar10.py --wandb online                            # with Weights & Biases
 
 The default protocol is the paper's: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4, a fifth of the
 learning rate every 15 epochs, 50 epochs, batch 128, random crops and flips. There is no validation split, as in the
@@ -68,12 +68,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--update-bn", action="store_true", help="compute BatchNorm's statistics anew after training")
+    parser.add_argument("--update-bn", action="store_true", help="compute BatchNorm's statistics again after training")
     parser.add_argument("--precision", default="32-true", help="as of Lightning's Trainer")
     add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
-        make_network(args.network, 3, 10, args.channels)
+        with torch.device("meta"):  # only to refuse what there is not
+            make_network(args.network, 3, 10, args.channels)
     except ValueError as error:
         parser.error(str(error))
     if args.compile and args.method in ("dni", "cdni"):
@@ -82,7 +83,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load_images(args: argparse.Namespace) -> tuple[Images, Images]:
-    """Training and test images that the arguments ask for."""
+    """Return the training and test images that the arguments ask for."""
     train, test = load(args.data, args.cache)
     if args.images:
         order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[: args.images]
@@ -91,7 +92,7 @@ def load_images(args: argparse.Namespace) -> tuple[Images, Images]:
 
 
 class Preprocessed(L.LightningModule):
-    """Makes what a network takes of a batch of uint8 images, on the device."""
+    """Makes a batch of uint8 images into what a network takes, on the device."""
 
     preprocessing: Preprocessing
 
@@ -179,7 +180,7 @@ class AllScores(nn.Module):
 
 
 def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str, Any]:
-    """Train as the arguments say; with loggers, and then with a progress bar and an evaluation after every epoch.
+    """Train as the arguments say; with loggers, also show progress and evaluate after every epoch.
 
     Returns:
         ``accuracies``, on the test set, of every block in percent; that of their ``ensemble``; ``compression``, how
@@ -212,7 +213,7 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
         # With a codec, BatchNorm has seen decoded activations, but what is kept and tested is the network without it.
         images = (batch.to(module.device) for batch, _ in train_batches)
         update_bn((module.preprocessing(batch, train=True) for batch in images), AllScores(module))
-    # Before the test, which starts to count anew.
+    # Before the test, which resets the counts.
     traffic = [own for own in module.boundaries.traffic if own.batches] if isinstance(module, DGLModule) else []
     encoded = sum(own.encoded_bytes for own in traffic)
     trainer.test(module, test_batches, verbose=False)
@@ -241,7 +242,7 @@ def main() -> None:
         print(f"block {j}: {accuracy:.2f} %")
     print(f"ensemble: {outcome['ensemble']:.2f} %")
     if outcome["compression"] > 1:
-        print(f"What crossed the boundaries was {outcome['compression']:.1f} times smaller than raw.")
+        print(f"What blocks sent each other was {outcome['compression']:.1f} times smaller than raw.")
 
 
 if __name__ == "__main__":

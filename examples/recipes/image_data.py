@@ -18,7 +18,7 @@ Images = tuple[Tensor, Tensor]
 
 
 def load(source: str, folder: Path) -> tuple[Images, Images]:
-    """Training and test images.
+    """Return training and test images.
 
     Args:
         source: "digits" (they come with scikit-learn), "cifar10" (downloaded), or an image folder: ``train/<class>/*``
@@ -47,7 +47,7 @@ def load(source: str, folder: Path) -> tuple[Images, Images]:
         if train_files.classes != test_files.classes:
             raise ValueError(
                 f"{source}/train has classes {train_files.classes}, but test has {test_files.classes}. Unpack the data "
-                "anew, or give both the same folders."
+                "again, or give both the same folders."
             )
         folder.mkdir(parents=True, exist_ok=True)
         images = [_decode(train_files), _decode(test_files)]
@@ -63,7 +63,7 @@ def _decode(files: ImageFolder) -> Images:
         try:
             images.append(pil_to_tensor(files.loader(path)))
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error}. Unpack the data anew.") from error
+            raise ValueError(f"{path} cannot be read: {error}. Unpack the data again.") from error
         if images[-1].shape != images[0].shape:
             raise ValueError(f"{path} is of shape {tuple(images[-1].shape)}, others of {tuple(images[0].shape)}.")
     return torch.stack(images), torch.tensor(files.targets)
@@ -81,7 +81,7 @@ def _digits() -> tuple[Images, Images]:
 
 
 def batches(images: Images, batch_size: int, train: bool = False) -> DataLoader[Images]:
-    """Batches of uint8 images, made in one piece; for training shuffled, without the incomplete last one."""
+    """Return batches of uint8 images, each made in one piece; in training shuffled, without the incomplete last."""
     dataset = TensorDataset(*images)
     sampler = BatchSampler(RandomSampler(dataset) if train else SequentialSampler(dataset), batch_size, drop_last=train)
     # Evaluation draws its loader's seed from elsewhere, so that training goes on as it would without.
@@ -90,7 +90,7 @@ def batches(images: Images, batch_size: int, train: bool = False) -> DataLoader[
 
 
 class Preprocessing:
-    """Makes float images of uint8 ones: normalised with the training set's statistics, and augmented for training.
+    """Turns uint8 images into float images: normalised with the training set's statistics, and augmented for training.
 
     Args:
         images: those of the training set (N, C, H, W).

@@ -1,28 +1,36 @@
-"""Which codec does a slow link need? What each sends, how long that takes, and what it does to accuracy.
+"""Show for each codec how many bytes a block sends, how long that takes on a slow link, and the accuracy reached.
 
     pip install "lightning-dgl[examples]"
-    python examples/slow_link.py                    # one process: codecs work between blocks all the same
-    python examples/slow_link.py --devices 2        # two stages on one machine
-    python examples/slow_link.py --link 1000        # a link of 1 Gbit/s instead of 100 Mbit/s
+    python examples/recipes/slow_link.py                    # one process: codecs work between blocks all the same
+    python examples/recipes/slow_link.py --devices 2        # two stages on one machine
+    python examples/recipes/slow_link.py --link 1000        # a link of 1 Gbit/s instead of 100 Mbit/s
 
-For several nodes start it by torchrun or SLURM, as examples/parallel_blocks.py shows. The link is not slowed down here:
-the time on it is computed, from the bytes of a message. A step cannot take less than that, however fast the devices
-are; a codec pays where the time on the link is longer than a block's local step and the codec's own time together.
+Start it by torchrun or SLURM on several nodes, as examples/parallel_blocks.py shows. Nothing slows the link down here:
+the time on it is the bytes of a message divided by the speed of the link. A step cannot be faster than that. A codec
+pays where this time exceeds a block's local step and the codec's own time together.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import lightning as L
 import torch
-from quickstart import DigitNet, digits  # which also leaves out Lightning's hints
 from rich.console import Console
 from rich.table import Table
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dgl import DGLModule, DGLStrategy, VectorQuantizer
+
+try:
+    from image_data import Preprocessing, load
+    from networks import layered
+    from recipe import be_quiet
+except ImportError as error:
+    sys.exit(f'{error}. This example needs torchvision and scikit-learn: pip install "lightning-dgl[examples]"')
 
 CODECS = {
     "raw": None,
@@ -34,11 +42,13 @@ CODECS = {
 
 
 def train(name: str, args: argparse.Namespace) -> tuple[float, float, float, float] | None:
-    """MB a step, times smaller and milliseconds of encoding at the widest boundary, and accuracy; on rank 0."""
+    """Return MB a step, times smaller and ms to encode, all of the widest link, and accuracy; on rank 0 only."""
     L.seed_everything(args.seed, verbose=False)
-    train_data, val_data = digits()
+    train_images, test_images = load("digits", Path())
+    preprocessing = Preprocessing(train_images[0], augment=False)
+    train_data, test_data = (TensorDataset(preprocessing(x, train=False), y) for x, y in (train_images, test_images))
     module = DGLModule(
-        DigitNet(),
+        layered((32, 32, 64, 64, 64, 64), pool_before=(2,), hidden_layers=0, in_channels=1, num_classes=10),
         num_blocks=args.blocks,
         example_input=(2, 1, 16, 16),
         optimizer=lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=5e-4),
@@ -58,7 +68,7 @@ def train(name: str, args: argparse.Namespace) -> tuple[float, float, float, flo
     trainer.fit(
         module,
         DataLoader(train_data, batch_size=args.batch_size, shuffle=True, drop_last=True),
-        DataLoader(val_data, batch_size=120),
+        DataLoader(test_data, batch_size=120),
     )
     if not trainer.is_global_zero:
         return None
@@ -73,7 +83,7 @@ def train(name: str, args: argparse.Namespace) -> tuple[float, float, float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--link", type=float, default=100, help="of the link, Mbit/s")
+    parser.add_argument("--link", type=float, default=100, help="speed of the link in Mbit/s")
     parser.add_argument("--devices", type=int, default=1, help="processes on each node")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--blocks", type=int, default=4, help="blocks to cut the network into")
@@ -82,8 +92,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="images in a training batch")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    be_quiet()
     torch.set_num_threads(1)  # more would not help so small a network
-    table = Table(title="At the widest boundary", title_justify="left")
+    table = Table(title="On the widest link", title_justify="left")
     for column in ("Codec", "MB a step", "Times smaller", f"ms at {args.link:g} Mbit/s", "ms to encode", "Accuracy"):
         table.add_column(column, justify="left" if column == "Codec" else "right", no_wrap=column == "Codec")
     is_first = False
