@@ -16,7 +16,8 @@ from torch import nn
 
 from lightning_dgl import DGLModule
 from tests.conftest import loader, small_cnn
-from tests.test_synchronous import algorithm_1, pieces, sgd
+from tests.runs import pieces, sgd
+from tests.schedules.plain import algorithm_1
 
 
 class Backend:
