@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import in_processes, markdown_table, publish, sgd, spread
 from lightning_dgl import MLPSRHead, VectorQuantizer
-from lightning_dgl.boundaries import Boundaries
+from lightning_dgl.address import Address
 from lightning_dgl.codecs import HEADER_BYTES
+from lightning_dgl.links import make_codecs, make_links
 
 SHAPE = (128, 128, 16, 16)
 
@@ -93,10 +94,11 @@ def bytes_on_links() -> str:
     raw = [output.nbytes + targets.nbytes + HEADER_BYTES for output in outputs]
     rows = []
     for name, codec in codecs.items():
-        boundaries = Boundaries(codec, ["" for _ in range(len(shapes) + 1)])
-        for j, output in enumerate(outputs):
-            boundaries.encode(j, output, targets)
-        sent = raw if codec is None else [traffic.encoded_bytes for traffic in boundaries.traffic[:-1]]
+        num_blocks = len(shapes) + 1
+        links = make_links(make_codecs(codec, len(shapes)), ["?"] * num_blocks, range(num_blocks))[1:-1]
+        for link, output in zip(links, outputs, strict=True):
+            link.send(Address("train", 0, 0, 0, 0), output, targets)
+        sent = raw if codec is None else [link.traffic.encoded_bytes for link in links]
         smaller = [own_raw / own for own_raw, own in zip(raw, sent, strict=True)]
         cells = [f"{own / 1e6:.2f} ({times:.1f})" for own, times in zip(sent, smaller, strict=True)]
         rows.append(

@@ -61,8 +61,7 @@ class Drops(L.Callback):
     count = 0
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        outbox = trainer.strategy.stage.outbox  # type: ignore[attr-defined]
-        self.count = 0 if outbox is None else outbox.num_dropped
+        self.count = trainer.strategy.run.outgoing.num_dropped  # type: ignore[attr-defined]
 
 
 def main() -> None:

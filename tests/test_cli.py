@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_dgl import DGLModule, DGLStrategy, LinearHead
-from tests.conftest import loader, small_cnn
+from tests.runs import loader, small_cnn
 
 
 class Data(L.LightningDataModule):

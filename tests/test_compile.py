@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lightning_dgl import DGLModule
-from tests.conftest import loader, small_cnn
-from tests.test_synchronous import algorithm_1, pieces, sgd
+from tests.runs import loader, pieces, sgd, small_cnn
+from tests.schedules.plain import algorithm_1
 
 
 class Backend:

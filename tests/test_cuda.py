@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_dgl import DGLModule
-from tests.conftest import loader, small_cnn
+from tests.runs import loader, small_cnn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

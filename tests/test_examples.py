@@ -24,7 +24,7 @@ from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from wandb.proto import wandb_internal_pb2
 
-from tests.conftest import loader
+from tests.runs import loader
 
 RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
 TINY = ("--epochs", "1", "--images", "256", "--channels", "8", "--accelerator", "cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_dgl import CNNHead, DGLModule, LinearHead, MLPHead, MLPSRHead
 from lightning_dgl.heads import HEADS, HeadFactory
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 
 
 @pytest.mark.parametrize("head", HEADS.values())

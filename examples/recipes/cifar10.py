@@ -214,7 +214,8 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
         images = (batch.to(module.device) for batch, _ in train_batches)
         update_bn((module.preprocessing(batch, train=True) for batch in images), AllScores(module))
     # Before the test, which resets the counts.
-    traffic = [own for own in module.boundaries.traffic if own.batches] if isinstance(module, DGLModule) else []
+    links = module.run.links if isinstance(module, DGLModule) and module.run is not None else []
+    traffic = [link.traffic for link in links if link.traffic.batches]
     encoded = sum(own.encoded_bytes for own in traffic)
     trainer.test(module, test_batches, verbose=False)
     if loggers:

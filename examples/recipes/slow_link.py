@@ -73,7 +73,8 @@ def train(name: str, args: argparse.Namespace) -> tuple[float, float, float, flo
     if not trainer.is_global_zero:
         return None
     width = 4 * args.batch_size * max(torch.Size(point.shape[1:]).numel() for point in module.split_points) / 1e6
-    traffic = max(module.boundaries.traffic, key=lambda traffic: traffic.raw_bytes)
+    assert module.run is not None
+    traffic = max((link.traffic for link in module.run.links), key=lambda traffic: traffic.raw_bytes)
     accuracy = 100 * trainer.callback_metrics["val/acc"].item()
     if not traffic.batches:
         return width, 1.0, 0.0, accuracy

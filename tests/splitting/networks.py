@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_dgl import find_split_points, split
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 
 # Blocks compared with their network
 

@@ -13,7 +13,7 @@ from lightning_dgl import split
 from lightning_dgl.splitting.balance import balanced_cuts
 from lightning_dgl.splitting.costs import memory
 from lightning_dgl.splitting.cut_points import analyse
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 from tests.splitting.networks import assert_equivalent
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgl import split
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 from tests.splitting.networks import (
     NETWORKS,
     Around,

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_dgl import SplitError, SplitPoint, find_split_points, split
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 
 
 def torchvision_model(name: str) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_dgl import SplitError, find_split_points, split
 from lightning_dgl.splitting import count_flops, output_shape
 from lightning_dgl.splitting.meta_twin import dry_run, meta_twin
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 from tests.splitting.networks import Around, Branch, Network, assert_equivalent
 
 

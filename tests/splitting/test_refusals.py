@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgl import SplitError, find_split_points, split
-from tests.conftest import small_cnn
+from tests.runs import small_cnn
 from tests.splitting.networks import Around, Branch, CalledTwice, Network, assert_equivalent
 
 

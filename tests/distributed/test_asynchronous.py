@@ -9,19 +9,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_dgl.distributed.link import Inbox
 
 from lightning_dgl import Asynchronous, BlockMonitor, DGLStrategy
-from tests.conftest import loader
-from tests.jobs import PATIENCE, Job, Outcome, by_hand, make_module, make_trainer, weights_of
+from tests.distributed.jobs import PATIENCE, Job, Outcome, by_hand
+from tests.distributed.training import Module, weights_of
+from tests.internals import blocks_here, buffers, links_of, num_dropped, slow_link, updates
+from tests.runs import loader, make_module, quiet_trainer
 
 BATCHES = 60  # of each epoch
+
+
 BLOCKS = {2: [range(0, 2), range(2, 4)], 3: [range(0, 2), range(2, 3), range(3, 4)]}
 
 
@@ -44,11 +46,11 @@ class Ending(L.Callback):
     """Writes down what this rank's link and buffer have seen when training ends."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        stage, schedule = trainer.strategy.stage, trainer.strategy.schedule  # type: ignore[attr-defined]
-        buffer = next(iter(schedule.buffers.values()), None)
+        buffer = next(iter(buffers(links_of(pl_module)).values()), None)
+        taken = updates(pl_module)
         end = {
-            "updates": [pl_module.progress[j].updates for j in stage.blocks],
-            "drops": stage.outbox.num_dropped if stage.outbox else 0,
+            "updates": [taken[j] for j in blocks_here(trainer)],
+            "drops": num_dropped(trainer),
             "reads": None if buffer is None else buffer.take_reads().__dict__,
         }
         Path(f"end{trainer.global_rank}").write_text(json.dumps(end))
@@ -58,7 +60,7 @@ def train(
     schedule: Asynchronous,
     *,
     devices: int = 2,
-    slow_link: tuple[int, float] | None = None,
+    link_seconds: float = 0.0,
     seconds: float = 0.0,
     hold: tuple[int, int] | None = None,
     callbacks: list[Any] | None = None,
@@ -68,25 +70,17 @@ def train(
     validate: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Train; the link into rank ``slow_link[0]`` takes that many seconds more for each message of training."""
+    """Train; each message of training takes ``link_seconds`` more."""
     L.seed_everything(3, verbose=False)
-    trainer = make_trainer(
-        DGLStrategy(schedule, timeout=timeout, data_parallel_size=kwargs.pop("data_parallel_size", 1)),
+    trainer = quiet_trainer(
+        strategy=DGLStrategy(schedule, timeout=timeout, data_parallel_size=kwargs.pop("data_parallel_size", 1)),
         devices=devices,
         max_epochs=max_epochs,
         callbacks=[Steps(seconds, hold), Ending(), *(callbacks or [])],
         **kwargs,
     )
-    receive = Inbox._receive
-
-    def slowly(self: Inbox) -> Any:
-        batch = receive(self)
-        if slow_link is not None and trainer.global_rank == slow_link[0] and trainer.training:
-            time.sleep(slow_link[1])
-        return batch
-
-    module = make_module()
-    with mock.patch.object(Inbox, "_receive", slowly):
+    module = make_module(kind=Module, dropout=0.2)
+    with slow_link(trainer, link_seconds if trainer.global_rank > 0 else 0.0):
         trainer.fit(module, loader(8 * BATCHES), loader(16) if validate else None, ckpt_path=resume, weights_only=False)
     print(f"Rank {trainer.global_rank} ends with the weights {weights_of(module)}", flush=True)
     values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -158,7 +152,7 @@ def test_a_stage_is_ahead_of_the_one_before_it_by_max_lead_at_most(job: Job) -> 
 
 def test_over_a_slow_link_the_freshest_outputs_win_and_nobody_waits(job: Job) -> None:
     # The link takes 200 ms a message, a step some milliseconds.
-    start(job, 2, Asynchronous(buffer_size=3), slow_link=(1, 0.2))
+    start(job, 2, Asynchronous(buffer_size=3), link_seconds=0.2)
     assert_all_agree(job.wait())
     sender, receiver = ends(job)
     assert sender["drops"] > BATCHES / 2

@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dgl import DGLModule
-from tests.conftest import Backpropagation, loader, sgd, small_cnn, small_data
-
-MakeTrainer = Callable[..., L.Trainer]
-
-
-def make_module(num_blocks: int = 4, kind: type[DGLModule] = DGLModule, **kwargs: Any) -> DGLModule:
-    cuts: dict[int, list[str]] = {1: [], 2: ["6"], 4: ["2", "6", "10"]}
-    defaults: dict[str, Any] = {"head": "linear", "optimizer": sgd, "example_input": (2, 3, 8, 8)}
-    return kind(small_cnn(), split_at=cuts[num_blocks], **{**defaults, **kwargs})
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def half(init_scale: float = 2.0**10, growth_interval: int = 2000) -> MixedPrecision:
-    """Mixed precision with float16 and loss scaling on the CPU; Trainer(precision="16-mixed") would take bfloat16."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
-    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
-
-
-PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
-    "16-mixed": lambda: {"plugins": [half()]},
-    "64-true": lambda: {"precision": "64-true"},
-    "bf16-true": lambda: {"precision": "bf16-true"},
-}
+from tests.runs import (
+    PRECISIONS,
+    Backpropagation,
+    MakeTrainer,
+    Shifted,
+    block_parameters,
+    half,
+    loader,
+    make_module,
+    same,
+    sgd,
+    small_cnn,
+    small_data,
+    weights,
+)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -75,7 +57,7 @@ def test_a_fused_optimizer_with_clipping(precision: str, make_trainer: MakeTrain
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("strategy", ["dgl", "auto"])
 def test_several_blocks_train_and_evaluate(precision: str, strategy: str, make_trainer: MakeTrainer) -> None:
-    module = make_module(4, head="mlp_sr")
+    module = make_module(4)
     before = weights(module)
     trainer = make_trainer(strategy=strategy, max_epochs=2, **PRECISIONS[precision]())
     trainer.fit(module, loader(), loader())
@@ -86,25 +68,6 @@ def test_several_blocks_train_and_evaluate(precision: str, strategy: str, make_t
     predictions = trainer.predict(module, loader())
     assert predictions is not None
     assert all(p.isfinite().all() for p in predictions)  # type: ignore[union-attr]
-
-
-class Shifted(nn.Module):
-    """Reads a parameter and a buffer of its own in a forward that a cut passes through."""
-
-    shift: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.classifier = nn.Linear(8, 4)
-        self.scale = nn.Parameter(torch.zeros(8, 1, 1))
-        self.register_buffer("shift", torch.linspace(0, 1, 8).view(8, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x - self.shift[:3]))
-        x = torch.relu(self.second(x) * self.scale + self.shift)
-        return self.classifier(x.mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
@@ -157,7 +120,7 @@ class Watch(L.Callback):
 
     @staticmethod
     def _parameters(module: DGLModule) -> list[list[Tensor]]:
-        return [[p.detach().clone() for p in module.block_parameters(j)] for j in range(module.num_blocks)]
+        return [[p.detach().clone() for p in parameters] for parameters in block_parameters(module)]
 
 
 def scaler_states(trainer: L.Trainer) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +11,18 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from lightning_dgl import DGLModule
-from tests.conftest import loader, sgd, small_cnn, small_data
+from tests.runs import MakeTrainer, ResumableLoader, adam, loader, make_module, same, sgd, small_cnn, small_data
 
-MakeTrainer = Callable[..., L.Trainer]
-
-
-def adam(params: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=0.01)
-
-
-def make_module(seed: int = 0, **kwargs: Any) -> DGLModule:
-    torch.manual_seed(seed)
-    defaults: dict[str, Any] = {"head": "mlp_sr", "optimizer": sgd}
-    if "num_blocks" not in kwargs:
-        defaults["split_at"] = ["2", "6", "10"]
-    return DGLModule(small_cnn(dropout=0.3), example_input=(2, 3, 8, 8), **{**defaults, **kwargs})
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+seeded_module = partial(make_module, seed=0, dropout=0.3)
 
 
 @pytest.fixture
 def saved(tmp_path: Path, make_trainer: MakeTrainer) -> tuple[DGLModule, Path]:
     """A module trained for an epoch, and its checkpoint."""
-    module = make_module()
+    module = seeded_module()
     trainer = make_trainer()
     trainer.fit(module, loader())
     path = tmp_path / "saved.ckpt"
@@ -107,7 +83,7 @@ def test_load_from_checkpoint(saved: tuple[DGLModule, Path]) -> None:
 
 
 def test_load_from_checkpoint_with_num_blocks(tmp_path: Path, make_trainer: MakeTrainer) -> None:
-    module = make_module(num_blocks=3, head="linear")
+    module = seeded_module(num_blocks=3, head="linear")
     trainer = make_trainer()
     trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -118,7 +94,7 @@ def test_load_from_checkpoint_with_num_blocks(tmp_path: Path, make_trainer: Make
 
 
 def test_load_from_checkpoint_may_name_the_cuts_instead(tmp_path: Path, make_trainer: MakeTrainer) -> None:
-    module = make_module(num_blocks=2, head="linear")
+    module = seeded_module(num_blocks=2, head="linear")
     trainer = make_trainer()
     trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -134,7 +110,7 @@ def test_a_checkpoint_of_another_split_is_refused(
     split_at: list[str], saved: tuple[DGLModule, Path], make_trainer: MakeTrainer
 ) -> None:
     _, path = saved
-    other = make_module(split_at=split_at)
+    other = seeded_module(split_at=split_at)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"checkpoint's blocks are .*this module's are .*split_at"):
         make_trainer(max_epochs=2).fit(other, loader(), ckpt_path=path, weights_only=True)
@@ -180,10 +156,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         return trainer, rates
 
     settings = {"optimizer": optimizer, "lr_scheduler": cosine, "lr_interval": interval}
-    whole = make_module(**settings)
+    whole = seeded_module(**settings)
     _, all_rates = train(whole)
     final = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
-    resumed = make_module(seed=99, **settings)
+    resumed = seeded_module(seed=99, **settings)
     trainer, later_rates = train(resumed, ckpt_path=tmp_path / "epoch=1.ckpt")
     again = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
     assert trainer.global_step == 20
@@ -195,7 +171,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_resuming_with_plain_single_device_strategy(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     # Files do not depend on the strategy.
-    whole, part, resumed = make_module(), make_module(), make_module(seed=5)
+    whole, part, resumed = seeded_module(), seeded_module(), seeded_module(seed=5)
     torch.manual_seed(1)
     make_trainer(max_epochs=2).fit(whole, loader(shuffle=True))
     torch.manual_seed(1)
@@ -207,29 +183,6 @@ def test_resuming_with_plain_single_device_strategy(tmp_path: Path, make_trainer
     assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
 
 
-class ResumableLoader(DataLoader[Any]):
-    """Continues after the batches that were read before the checkpoint; Lightning keeps its state."""
-
-    def __init__(self) -> None:
-        super().__init__(small_data(), batch_size=8)
-        self._read = self._skip = 0
-
-    def __iter__(self) -> Any:
-        return self._unread(super().__iter__())
-
-    def _unread(self, batches: Any) -> Any:
-        skip, self._skip = self._skip, 0
-        for self._read, batch in enumerate(batches, start=1):
-            if self._read > skip:
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"read": self._read}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["read"]
-
-
 @pytest.mark.parametrize("step", [3, 8])
 def test_resuming_in_the_middle_of_an_epoch(step: int, tmp_path: Path, make_trainer: MakeTrainer) -> None:
     def train(module: DGLModule, **kwargs: Any) -> None:
@@ -238,7 +191,7 @@ def test_resuming_in_the_middle_of_an_epoch(step: int, tmp_path: Path, make_trai
         trainer.fit(module, ResumableLoader(), weights_only=True, **kwargs)
         assert trainer.global_step == 15
 
-    whole, resumed = make_module(), make_module(seed=9)
+    whole, resumed = seeded_module(), seeded_module(seed=9)
     train(whole)
     train(resumed, ckpt_path=tmp_path / f"step={step}.ckpt")
     assert same(dict(resumed.state_dict()), dict(whole.state_dict()))
@@ -257,7 +210,7 @@ def test_model_checkpoint_monitors_validation_accuracy(tmp_path: Path, make_trai
 
     keep = ModelCheckpoint(tmp_path, monitor="val/acc", mode="max")
     trainer = make_trainer(max_epochs=4, callbacks=[See(), keep], enable_checkpointing=True)
-    module = make_module()
+    module = seeded_module()
     trainer.fit(module, loader(), loader())
     assert keep.best_model_score == pytest.approx(max(seen))
     assert torch.load(keep.best_model_path, weights_only=True)["epoch"] == seen.index(max(seen))
@@ -271,12 +224,12 @@ def test_model_checkpoint_monitors_validation_accuracy(tmp_path: Path, make_trai
 
 def test_model_checkpoint_every_n_train_steps(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    make_trainer(max_epochs=2, callbacks=[keep], enable_checkpointing=True).fit(make_module(), loader())
+    make_trainer(max_epochs=2, callbacks=[keep], enable_checkpointing=True).fit(seeded_module(), loader())
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=4.ckpt", "step=8.ckpt"]
 
 
 def test_save_weights_only(tmp_path: Path, make_trainer: MakeTrainer) -> None:
-    module = make_module()
+    module = seeded_module()
     trainer = make_trainer()
     trainer.fit(module, loader())
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)

@@ -1,9 +1,8 @@
-"""Codecs between blocks: the same algorithm in one process and on several, and what goes through a link or a buffer."""
+"""Links between blocks in one process: what goes through them, as it is or through a codec."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -11,12 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dgl import Asynchronous, BlockMonitor, DGLModule, DGLStrategy, Message, VectorQuantizer
-from tests.conftest import loader, small_cnn
-from tests.test_asynchronous import Monitored, assert_equal, make_module
-from tests.test_synchronous import pieces, sgd
-
-MakeTrainer = Callable[..., L.Trainer]
+from lightning_dgl import Asynchronous, DGLModule, DGLStrategy, Message, VectorQuantizer
+from tests.internals import buffers, links_of, traffic
+from tests.runs import MakeTrainer, assert_equal, block_weights, loader, make_module, pieces, same, sgd, small_cnn
 
 
 def test_weights_equal_a_plain_loop_that_quantizes_between_blocks(make_trainer: MakeTrainer) -> None:
@@ -49,10 +45,7 @@ def test_a_blocks_own_codec_does_not_change_how_it_trains(make_trainer: MakeTrai
     quantized.heads.load_state_dict(heads)
     L.seed_everything(0)
     make_trainer(strategy=DGLStrategy(codec=VectorQuantizer(4, 4)), max_epochs=2).fit(quantized, loader(shuffle=True))
-    changes = [
-        any(not torch.equal(a, b) for a, b in zip(raw.block_tensors(j), quantized.block_tensors(j), strict=True))
-        for j in range(4)
-    ]
+    changes = [not same(a, b) for a, b in zip(block_weights(raw), block_weights(quantized), strict=True)]
     assert changes == [False, True, True, True]
 
 
@@ -69,28 +62,32 @@ def test_evaluation_is_of_the_network_that_is_kept(make_trainer: MakeTrainer) ->
 
 
 def test_replay_buffers_hold_messages(make_trainer: MakeTrainer) -> None:
-    raw, quantized = Asynchronous(buffer_size=4), Asynchronous(buffer_size=4)
-    for schedule, codec in ((raw, None), (quantized, VectorQuantizer(4, 8))):
+    held = []
+    for codec in (None, VectorQuantizer(4, 8)):
         torch.manual_seed(0)
-        make_trainer(strategy=DGLStrategy(schedule, codec=codec), max_epochs=2).fit(make_module(), loader())
-    activation, targets = quantized.buffers[2].get()
+        module = make_module()
+        strategy = DGLStrategy(Asynchronous(buffer_size=4), codec=codec)
+        make_trainer(strategy=strategy, max_epochs=2).fit(module, loader())
+        held.append(buffers(links_of(module))[2])
+    raw, quantized = held
+    activation, targets = quantized.get()
     assert isinstance(activation, Message)
     assert activation.codes.dtype == torch.uint8
     assert isinstance(targets, Tensor)
-    assert isinstance(raw.buffers[2].get()[0], Tensor)
+    assert isinstance(raw.get()[0], Tensor)
     codebooks = 4 * (4 * 8 * 4)  # each of the four messages has its own
     activations = 4 * 8 * (8 * 8 * 8) * 4
-    assert raw.buffers[2].nbytes == activations + 4 * 8 * 8
-    assert quantized.buffers[2].nbytes == activations // 32 + codebooks + 4 * 8 * 8
+    assert raw.nbytes == activations + 4 * 8 * 8
+    assert quantized.nbytes == activations // 32 + codebooks + 4 * 8 * 8
 
 
-def test_a_codec_for_each_boundary(make_trainer: MakeTrainer) -> None:
+def test_a_codec_for_each_link(make_trainer: MakeTrainer) -> None:
     strategy = DGLStrategy(codec=[None, "half", VectorQuantizer(8, 2)])
     module = make_module()
     make_trainer(strategy=strategy).fit(module, loader())
-    traffic = [(t.batches, t.raw_bytes / max(t.encoded_bytes, 1)) for t in module.boundaries.traffic]
-    assert [batches for batches, _ in traffic] == [0, 5, 5, 0]
-    assert 1.5 < traffic[1][1] < 2 < traffic[2][1]
+    passed = [(t.batches, t.raw_bytes / max(t.encoded_bytes, 1)) for t in traffic(module)]
+    assert [batches for batches, _ in passed] == [0, 5, 5, 0]
+    assert 1.5 < passed[1][1] < 2 < passed[2][1]
 
 
 def test_resumes_bit_for_bit_with_the_codebooks(tmp_path: Path, make_trainer: MakeTrainer) -> None:
@@ -112,38 +109,6 @@ def test_resumes_bit_for_bit_with_the_codebooks(tmp_path: Path, make_trainer: Ma
     _, uninterrupted = train(3)
     for (name, got), want in zip(resumed.state_dict().items(), uninterrupted.state_dict().values(), strict=True):
         assert torch.equal(got, want), name
-
-
-def test_monitor_logs_compression_and_codebooks(make_trainer: MakeTrainer) -> None:
-    seen = Monitored()
-    trainer = make_trainer(
-        strategy=DGLStrategy(codec=[None, "half", VectorQuantizer(8, 2)]),
-        callbacks=[BlockMonitor(), seen],
-        log_every_n_steps=1,
-    )
-    trainer.fit(make_module(), loader())
-    last = seen.steps[-1]
-    assert last["monitor/compression_block1"] == pytest.approx(8 * 8 * 64 * 4 / (8 * 8 * 64 * 2 + 8 * 8 + 512))
-    assert 0 < last["monitor/encode_share_block2"] < 1
-    assert 0 < last["monitor/decode_share_block3"] < 1
-    assert 1 <= last["monitor/codebook_perplexity_block2"] <= 8
-    assert last["monitor/quantization_error_block2"] > 0
-    assert not {
-        name for name in last if name.startswith(("monitor/compression_block0", "monitor/codebook_perplexity_block1"))
-    }
-
-
-def test_monitor_prints_what_training_came_to(
-    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "140")
-    strategy = DGLStrategy(codec=[None, "half", VectorQuantizer(8, 2)])
-    make_trainer(strategy=strategy, callbacks=[BlockMonitor()], max_epochs=2).fit(make_module(), loader())
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {line[0]: line[1:] for line in lines if line and line[0] in "0123" and len(line) == 10}
-    assert sorted(rows) == ["0", "1", "2", "3"]
-    assert {row[0] for row in rows.values()} == {"10"}  # updates
-    assert [rows[j][4] for j in "0123"] == ["-", "1.9", f"{8 * 16 * 16 * 4 / (8 * 8 * 16 + 64 + 64 + 512):.1f}", "-"]
 
 
 def test_values_that_are_not_finite_are_an_error_that_names_the_block(make_trainer: MakeTrainer) -> None:

@@ -1,4 +1,4 @@
-"""However ranks are started, they come to the weights of one process; what cannot work is refused on all of them."""
+"""What cannot work on several ranks is refused on all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import lightning as L
 import pytest
@@ -15,74 +14,15 @@ from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, S
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dgl import Asynchronous, DGLStrategy, Synchronous
-from tests.conftest import Backpropagation, loader, small_cnn, small_data
-from tests.jobs import Job, Outcome, by_hand, by_slurm, free_port, make_module, make_trainer, train
-
-# Ways to start ranks
-
-
-@pytest.fixture(scope="module")
-def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The weights that the same training comes to in one process."""
-    with Job(tmp_path_factory.mktemp("one_process")) as job:
-        job.start(train, devices=1)
-        (weights,) = job.wait().weights
-    return weights
-
-
-def assert_same_weights(outcome: Outcome, expected: list[str]) -> None:
-    assert set(outcome.codes) == {0}, str(outcome)
-    assert outcome.left == [], str(outcome)
-    assert outcome.weights == expected, str(outcome)
-
-
-def test_ranks_started_by_running_the_script_again(job: Job, in_one_process: str) -> None:
-    job.start_script(start_method="popen")
-    assert_same_weights(job.wait(), [in_one_process] * 2)
-
-
-@pytest.mark.parametrize("start_method", ["spawn", "fork", "forkserver"])
-def test_ranks_started_by_multiprocessing(start_method: str, job: Job, in_one_process: str) -> None:
-    job.start(train, start_method=start_method)
-    # The process that has called the Trainer, which is none of the ranks, ends with what they have learnt.
-    assert_same_weights(job.wait(), [in_one_process])
-
-
-def test_ranks_started_by_torchrun(job: Job, in_one_process: str) -> None:
-    job.start_script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert_same_weights(job.wait(), [in_one_process] * 2)
-
-
-def test_ranks_started_by_torchrun_on_two_nodes(job: Job, in_one_process: str) -> None:
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job"]
-    for _ in range(2):
-        job.start_script(
-            *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting),
-            devices=1,
-            num_nodes=2,
-        )
-    assert_same_weights(job.wait(), [in_one_process] * 2)
-
-
-def test_ranks_started_by_slurm(job: Job, in_one_process: str) -> None:
-    job.start_ranks(train, by_slurm(2))
-    assert_same_weights(job.wait(), [in_one_process] * 2)
-
-
-@pytest.mark.parametrize(("devices", "num_nodes"), [(3, 1), (1, 3), (2, 2)])
-def test_ranks_started_by_hand(devices: int, num_nodes: int, job: Job, in_one_process: str) -> None:
-    num_ranks = devices * num_nodes
-    job.start_ranks(train, by_hand(num_ranks, num_nodes), devices=devices, num_nodes=num_nodes)
-    assert_same_weights(job.wait(), [in_one_process] * num_ranks)
-
-
-# What cannot work, with two ranks; as if each were on a node of its own, whose first rank says what is wrong
+from tests.distributed.jobs import Job, by_hand
+from tests.internals import another_version
+from tests.runs import Backpropagation, loader, make_module, quiet_trainer, small_cnn, small_data
 
 
 def fit(
     strategy: DGLStrategy | None = None, module: L.LightningModule | None = None, data: Any = None, **kwargs: Any
 ) -> None:
-    trainer = make_trainer(strategy or DGLStrategy(timeout=60), **{"devices": 1, "num_nodes": 2} | kwargs)
+    trainer = quiet_trainer(strategy=strategy or DGLStrategy(timeout=60), num_nodes=2, **{"max_epochs": 2} | kwargs)
     trainer.fit(module or make_module(), loader() if data is None else data)
 
 
@@ -97,11 +37,11 @@ class Writer(BasePredictionWriter):
 
 def predict() -> None:
     strategy = DGLStrategy(timeout=60)
-    make_trainer(strategy, devices=1, num_nodes=2, callbacks=[Writer("batch")]).predict(make_module(), loader())
+    quiet_trainer(strategy=strategy, num_nodes=2, callbacks=[Writer("batch")]).predict(make_module(), loader())
 
 
 def fit_with_another_version(rank: int) -> None:
-    with mock.patch("lightning_dgl.preconditions.__version__", f"1.{rank}"):
+    with another_version(f"1.{rank}"):
         fit()
 
 

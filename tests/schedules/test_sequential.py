@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +9,21 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_dgl import DGLModule, DGLStrategy, Sequential, VectorQuantizer
-from tests.conftest import loader
-from tests.test_asynchronous import assert_equal, make_module
-from tests.test_checkpoints import ResumableLoader
-from tests.test_synchronous import pieces, sgd, step_lr
-
-MakeTrainer = Callable[..., L.Trainer]
-
-
-def data() -> DataLoader[tuple[Tensor, ...]]:
-    return loader(num_samples=38)  # an uneven last batch
-
-
-def greedy(blocks: list[nn.Module], heads: list[nn.Module], epochs: int, accumulate: int = 1) -> None:
-    """Train in place, each block for so many epochs on what the frozen ones before it make of the data."""
-    for j, (block, head) in enumerate(zip(blocks, heads, strict=True)):
-        optimizer = sgd([*block.parameters(), *head.parameters()])
-        scheduler = step_lr(optimizer)
-        for frozen in blocks[:j]:
-            frozen.eval()
-        for _ in range(epochs):
-            for i, (x, targets) in enumerate(data()):
-                with torch.no_grad():
-                    for frozen in blocks[:j]:
-                        x = frozen(x)
-                (nn.functional.cross_entropy(head(block(x)), targets) / accumulate).backward()
-                if (i + 1) % accumulate == 0 or i + 1 == len(data()):
-                    optimizer.step()
-                    optimizer.zero_grad()
-            scheduler.step()
+from tests.internals import updates
+from tests.runs import (
+    MakeTrainer,
+    ResumableLoader,
+    assert_equal,
+    block_weights,
+    loader,
+    make_module,
+    pieces,
+    same,
+    step_lr,
+)
+from tests.schedules.plain import data, greedy
 
 
 @pytest.mark.parametrize("num_blocks", [1, 4])
@@ -50,13 +31,13 @@ def greedy(blocks: list[nn.Module], heads: list[nn.Module], epochs: int, accumul
 def test_weights_equal_the_plain_loop_bit_for_bit(num_blocks: int, accumulate: int, make_trainer: MakeTrainer) -> None:
     module = make_module(num_blocks, lr_scheduler=step_lr)
     blocks, heads = pieces(module)
-    greedy(blocks, heads, epochs=3, accumulate=accumulate)
+    greedy(blocks, heads, epochs=3, accumulate=accumulate, lr_scheduler=step_lr)
     strategy = DGLStrategy(Sequential(epochs_per_block=3))
     trainer = make_trainer(strategy=strategy, max_epochs=-1, accumulate_grad_batches=accumulate)
     trainer.fit(module, data(), loader(8))
     assert_equal(module, blocks, heads)
     assert trainer.current_epoch == 3 * num_blocks
-    assert [progress.updates for progress in module.progress] == [3 * len(data())] * num_blocks
+    assert updates(module) == [3 * len(data())] * num_blocks
 
 
 def test_max_epochs_are_shared_equally(make_trainer: MakeTrainer) -> None:
@@ -77,7 +58,7 @@ def test_resumes_bit_for_bit(saved: str, tmp_path: Path, make_trainer: MakeTrain
         ]
         trainer = make_trainer(strategy=strategy, max_epochs=12, callbacks=callbacks, enable_checkpointing=True)
         trainer.fit(module, ResumableLoader(), **kwargs)
-        assert [progress.updates for progress in module.progress] == [15] * 4
+        assert updates(module) == [15] * 4
 
     whole, resumed = make_module(lr_scheduler=step_lr), make_module(lr_scheduler=step_lr)
     train(whole)
@@ -92,12 +73,10 @@ def test_blocks_that_are_not_training_stay_as_they_are(make_trainer: MakeTrainer
 
     class Watch(L.Callback):
         def on_train_epoch_start(self, *_: Any) -> None:
-            self._before = [[tensor.clone() for tensor in module.block_tensors(j)] for j in range(4)]
+            self._before = block_weights(module)
 
         def on_train_epoch_end(self, *_: Any) -> None:
-            after = [module.block_tensors(j) for j in range(4)]
-            pairs = [zip(own, before, strict=True) for own, before in zip(after, self._before, strict=True)]
-            seen.append([any(not torch.equal(a, b) for a, b in own) for own in pairs])
+            seen.append([not same(a, b) for a, b in zip(block_weights(module), self._before, strict=True)])
 
     make_trainer(strategy=DGLStrategy("sequential"), max_epochs=4, callbacks=[Watch()]).fit(module, data())
     assert seen == [[j == epoch for j in range(4)] for epoch in range(4)]
