@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver as ChildProcessObserver
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_process_group
@@ -81,7 +82,7 @@ def synchronises_batchnorm(trainer: Trainer) -> bool:
     return strategy._layer_sync is not None
 
 
-def take_over(trainer: Trainer) -> None:
+def take_over(trainer: Trainer, environment: ClusterEnvironment | None) -> None:
     """Replace Lightning's way of ending ranks where it does not fit ranks that are not in lock-step.
 
     The watchdog does what the replaced parts are for.
@@ -101,7 +102,6 @@ def take_over(trainer: Trainer) -> None:
     _replace(connector, "_sigterm_notifier_fn", on_sigterm)
 
     # On a signal from SLURM, it saves a checkpoint wherever each rank happens to be: blocks of different steps.
-    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         _replace(connector, "_slurm_sigusr_handler_fn", _on_requeue)
         rank_zero_warn(

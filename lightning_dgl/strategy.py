@@ -269,7 +269,7 @@ class DGLStrategy(ParallelStrategy):
         watchdog = self._start_watchdog(processes)
         stage = DistributedStage(self._assignment(), self._groups, dist.distributed_c10d._get_default_store(), watchdog)
         self._start_run(stage, **self._open_wires(stage))
-        take_over(self._module.trainer)
+        take_over(self._module.trainer, self.cluster_environment)
         check_ranks(self._module.trainer, stage.is_split, stage.is_replicated)
 
     def _init_process_group(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 from rich.console import Console
+from torchvision.models import resnet50
 
 from lightning_dgl import (
     BlockMonitor,
@@ -16,7 +17,7 @@ from lightning_dgl import (
     DGLStrategy,
     VectorQuantizer,
 )
-from lightning_dgl.callbacks import block_table
+from lightning_dgl.callbacks import _COLUMNS, _table, block_table
 from tests.internals import InOrder, buffers, links_of, updates
 from tests.runs import MakeTrainer, loader, make_module, small_cnn
 from tests.schedules.plain import BATCHES, data
@@ -87,7 +88,7 @@ class Monitored(L.Callback):
 def test_monitor_logs_updates_ages_and_reuse_of_every_block(make_trainer: MakeTrainer) -> None:
     # Block 1 reads what block 0 has just made, then the same again.
     schedule = InOrder([2, 1, 1, 0], buffer_size=1)
-    module = make_module(num_blocks=4, split_at=["2", "6"])
+    module = make_module(split_at=["2", "6"])
     seen = Monitored()
     trainer = make_trainer(
         strategy=DGLStrategy(schedule), callbacks=[BlockMonitor(), seen], log_every_n_steps=1, max_epochs=2
@@ -154,7 +155,28 @@ def test_monitor_prints_what_training_came_to(
     strategy = DGLStrategy(codec=[None, "half", VectorQuantizer(8, 2)])
     make_trainer(strategy=strategy, callbacks=[BlockMonitor()], max_epochs=2).fit(make_module(), loader())
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {line[0]: line[1:] for line in lines if line and line[0] in "0123" and len(line) == 10}
+    rows = {line[0]: line[1:] for line in lines if line and line[0] in "0123" and len(line) == 8}
     assert sorted(rows) == ["0", "1", "2", "3"]
     assert {row[0] for row in rows.values()} == {"10"}  # updates
     assert [rows[j][4] for j in "0123"] == ["-", "1.9", f"{8 * 16 * 16 * 4 / (8 * 8 * 16 + 64 + 64 + 512):.1f}", "-"]
+
+
+def test_tables_fit_80_columns_without_headings_cut_off() -> None:
+    console = Console(width=80)
+    large = ["0", "1234567", "123456", "99.999", "12.345", "128.0", "12.3%", "12.3%", "123456.7", "1234567"]
+    with console.capture() as capture:
+        console.print(_table(_COLUMNS, [large]))
+        console.print(block_table(DGLModule(resnet50(num_classes=1000), 4, example_input=(2, 3, 64, 64))))
+    text = capture.get()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    words = set(text.split())
+    assert set(large) | {"Updates", "Samples", "Encoded", "Ratio", "Dropped"} <= words
+    assert {"Layers", "Output", "Params", "FLOPs", "Head", "params", "MLPSRHead", "1024×4×4", "Device"} <= words
+
+
+def test_columns_that_are_empty_are_left_out() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(_table(("Block", "Updates", "Dropped"), [["0", "5", "-"], ["1", "4", "-"]]))
+    assert [word for word in capture.get().split() if "─" not in word] == ["Updates", "0", "5", "1", "4"]

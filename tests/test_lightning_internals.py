@@ -1,10 +1,12 @@
-"""What the package replaces in Lightning is still there, and no longer acts."""
+"""Guard every private name of Lightning: a new version that changed one fails here, by name."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -12,12 +14,18 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector as AcceleratorConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch import Tensor
 
-from lightning_dgl.lightning_internals import take_over
-from tests.distributed.jobs import PATIENCE, by_slurm
+from lightning_dgl import DGLModule, DGLStrategy, lightning_internals
+from lightning_dgl.lightning_internals import OVERRIDDEN, take_over
+from tests.distributed.jobs import PATIENCE
+from tests.runs import MakeTrainer, loader, make_module
 
 
 def test_lightning_still_uses_what_is_replaced() -> None:
@@ -48,7 +56,7 @@ def test_what_is_replaced_no_longer_acts(monkeypatch: pytest.MonkeyPatch) -> Non
     observer = subprocess_script._ChildProcessObserver(os.getpid(), [failed], sleep_period=1)  # type: ignore[list-item]
     observer.start()
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
-    take_over(trainer)
+    take_over(trainer, None)
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()
     trainer._signal_connector._sigterm_notifier_fn(signal.SIGTERM, None)  # type: ignore[arg-type]
     observer.join(timeout=PATIENCE)
@@ -66,12 +74,86 @@ def test_what_is_replaced_no_longer_acts(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_lightning_without_what_is_replaced(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in by_slurm(1)[0].items():
-        monkeypatch.setenv(variable, value)
-    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, plugins=[SLURMEnvironment()])
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
     monkeypatch.delattr(owner, name)
     message = (
         rf"This version of Lightning has no {owner.__name__}\.{name}, which DGLStrategy replaces\. Install a version"
     )
     with pytest.raises(RuntimeError, match=message):
-        take_over(trainer)
+        take_over(trainer, SLURMEnvironment())
+
+
+# What the package reads, calls and overrides
+
+VERSION = f"changed in lightning {L.__version__}: see lightning_dgl/lightning_internals.py"
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in OVERRIDDEN.items() for name in names])
+def test_overridden_methods_are_still_called(owner: type, name: str) -> None:
+    assert hasattr(owner, name), f"{owner.__name__}.{name} {VERSION}"
+    callers = {"_on_before_batch_transfer": _TrainingEpochLoop, "_wrapping_function": owner}
+    caller = callers.get(name, owner)
+    sources = [inspect.getsource(cls) for cls in (caller, *caller.__mro__[1:-1], AcceleratorConnector, DDPStrategy)]
+    assert any(f".{name}(" in source or f".{name}," in source for source in sources), f"{name} {VERSION}"
+
+
+def test_everything_imported_exists() -> None:
+    missing = [name for name in lightning_internals.__all__ if not hasattr(lightning_internals, name)]
+    assert missing == [], f"{missing} {VERSION}"
+
+
+def test_forward_only_epochs_are_known(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    assert lightning_internals.skips_backward(trainer) is False
+    # StochasticWeightAveraging sets it on the fit loop, and automatic optimization reads it.
+    assert "_skip_backward = True" in inspect.getsource(StochasticWeightAveraging), VERSION
+    trainer.fit_loop._skip_backward = True
+    assert lightning_internals.skips_backward(trainer) is True
+
+
+def test_batch_size_weights_logged_values(make_trainer: MakeTrainer) -> None:
+    class Logs(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            lightning_internals.set_batch_size(self.trainer, [1, 3][self.trainer.fit_loop.batch_idx])
+            self.log("weighted", float(self.trainer.fit_loop.batch_idx), on_epoch=True, on_step=False)
+            return super().local_loss(block, scores, targets)
+
+    trainer = make_trainer(limit_train_batches=2)
+    trainer.fit(make_module(1, kind=Logs), loader())
+    assert trainer.callback_metrics["weighted"].item() == pytest.approx(0.75), f"the batch size {VERSION}"
+
+
+def test_predictions_can_be_replaced(make_trainer: MakeTrainer) -> None:
+    class Replaces(L.Callback):
+        def on_predict_end(self, trainer: L.Trainer, *_: object) -> None:
+            lightning_internals.set_predictions(trainer, [(0, "first"), (0, "second")])
+
+    trainer = make_trainer(callbacks=[Replaces()])
+    assert trainer.predict(make_module(), loader()) == ["first", "second"], f"predictions {VERSION}"
+
+
+def test_saving_every_n_steps_is_seen() -> None:
+    steps = lightning_internals.saves_every_n_train_steps
+    assert steps(ModelCheckpoint(every_n_train_steps=7)) == 7, f"ModelCheckpoint {VERSION}"
+    assert steps(ModelCheckpoint(every_n_epochs=1)) == 0, f"ModelCheckpoint {VERSION}"
+
+
+def test_synchronised_batchnorm_is_seen(make_trainer: MakeTrainer) -> None:
+    for flag in (True, False):
+        trainer = make_trainer(strategy=DGLStrategy(), devices=2, sync_batchnorm=flag)
+        assert lightning_internals.synchronises_batchnorm(trainer) is flag, f"sync_batchnorm {VERSION}"
+
+
+def test_no_other_file_uses_private_names_of_lightning() -> None:
+    package = Path(lightning_internals.__file__).parent
+    private = re.compile(
+        r"from lightning(_utilities)?(\.\w+)* import [^\n]*\b_\w+"
+        r"|\b(trainer|loop|\w+_loop|strategy|callback|launcher|plugin)\._\w+"
+    )
+    found = [
+        f"{path.name}: {match[0]}"
+        for path in package.rglob("*.py")
+        if path.name != "lightning_internals.py"
+        for match in private.finditer(path.read_text())
+    ]
+    assert found == []
