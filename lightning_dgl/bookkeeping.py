@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_dgl.checks import check_block_names, check_fit, check_has_length, check_not_empty
-from lightning_dgl.logs import log_reports, log_values
+from lightning_dgl.logs import log_epoch, log_reports
 from lightning_dgl.optim import BlockGradScaler
 from lightning_dgl.run import Run
 from lightning_dgl.training import Progress, get_random_state, set_random_state
@@ -73,7 +73,7 @@ class Bookkeeping(Callback):
         run.metrics.pop("train")
         if run.stage.is_split:
             values = run.stage.merge({name: value.cpu() for name, value in run.latest.items()})
-            log_values(pl_module, "train", values, on_step=False, on_epoch=True, logger=False, **run.stage.log_options)
+            log_epoch(pl_module, run, "train", values, on_step=False, on_epoch=True, logger=False)
             log_reports(trainer, run)
 
     @override
@@ -138,7 +138,7 @@ def _log_epoch(module: Any, phase: str, num_batches: Sequence[float]) -> None:
     for i, metrics in run.metrics.pop(phase).items():
         suffix = f"/dataloader_idx_{i}" if len(num_batches) > 1 else ""
         values = {f"{name}{suffix}": value for name, value in run.stage.merge(metrics.compute()).items()}
-        log_values(module, phase, values, **run.stage.log_options)
+        log_epoch(module, run, phase, values)
 
 
 def _codec_state(run: Run, block: int) -> dict[str, Any] | None:

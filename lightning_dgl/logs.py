@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +48,17 @@ def log_values(module: LightningModule, phase: str, values: Mapping[str, Tensor]
     for name, value in values.items():
         # Where there are several data loaders, the number of one is in the name already.
         module.log(f"{phase}/{name}", value, prog_bar=is_headline(name), add_dataloader_idx=False, **how)
+
+
+def log_epoch(module: LightningModule, run: Run, phase: str, values: Mapping[str, Tensor], **how: Any) -> None:
+    """Log the values of an epoch, which all ranks have agreed on."""
+    with warnings.catch_warnings():
+        # Lightning cannot know of the agreement where it does not deal out the data, and advises to reduce each value.
+        for name in values if run.stage.is_open else ():
+            text = re.escape(f"It is recommended to use `self.log('{phase}/{name}', ..., sync_dist=True)`")
+            warnings.filterwarnings("ignore", text)
+        log_values(module, phase, values, **run.stage.log_options, **how)
+        module.trainer.callback_metrics  # noqa: B018 (computes the values, while the advice is suppressed)
 
 
 def log_reports(trainer: Trainer, run: Run) -> dict[str, float]:

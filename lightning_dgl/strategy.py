@@ -439,14 +439,14 @@ class DGLStrategy(ParallelStrategy):
     def sync_blocks(self) -> None:
         """Copy the weights of every block from the rank that trains it to all ranks; all ranks must call it."""
         stage, module = self._stage, self._module
-        if not stage.is_split:
-            return
-        if module.trainer.state.status == TrainerStatus.INTERRUPTED:
+        # The process that has forked ranks has no run, and its weights are those from before training.
+        is_incomplete = stage.is_split or (self.run is None and self._num_ranks > 1)
+        if is_incomplete and module.trainer.state.status == TrainerStatus.INTERRUPTED:
             raise RuntimeError(
                 "No checkpoint can be saved after a failure: the blocks of other ranks are out of reach. Resume from "
                 "the last one saved."
             )
-        for rank, blocks in enumerate(stage.assignment):
+        for rank, blocks in enumerate(stage.assignment if stage.is_split else ()):
             stage.broadcast((tensor for j in blocks for tensor in module.block_tensors(j)), src=rank)
 
     @override
@@ -458,7 +458,7 @@ class DGLStrategy(ParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = super().optimizer_state(optimizer)
         stage = self._stage
-        if not stage.is_open:
+        if len(stage.assignment) == 1:
             return state
         blocks: list[Any] = list(state["blocks"])
         merged = stage.merge_on_rank_0({j: move_data_to_device(blocks[j], "cpu") for j in stage.blocks})

@@ -80,7 +80,7 @@ def train(
         **kwargs,
     )
     module = make_module(kind=Module, dropout=0.2)
-    with slow_link(trainer, link_seconds if trainer.global_rank > 0 else 0.0):
+    with slow_link(trainer, link_seconds):
         trainer.fit(module, loader(8 * BATCHES), loader(16) if validate else None, ckpt_path=resume, weights_only=False)
     print(f"Rank {trainer.global_rank} ends with the weights {weights_of(module)}", flush=True)
     values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
