@@ -88,37 +88,38 @@ def take_turns(module: Trainable, run: Run, address: Address) -> dict[int, Local
         again before that is updated here.
     """
     steps: dict[int, LocalStep] = {}
-    optimizer = module.trainer.optimizers[0]
+    trainer, schedule = module.trainer, run.schedule
+    optimizer = trainer.optimizers[0]
     assert isinstance(optimizer, BlockOptimizer)
     parameters = optimizer.trained_parameters()
-    for block in run.schedule.turns(run.stage.blocks, address.epoch):
-        if not run.links[block].is_ready:  # it has trained on everything in its replay buffer as often as it may
-            continue
+    for block in schedule.turns(run.stage.blocks, address.epoch):
+        if schedule.draws_blocks and not run.links[block].is_ready:
+            continue  # it has trained on everything in its replay buffer as often as it may
         if block in steps:
             _update(module, run, block, steps.pop(block))
         updates = module.progress[block].updates
-        if run.schedule.is_finished(block, address.epoch, updates, module.trainer.num_training_batches):
+        if schedule.is_finished(block, address.epoch, updates, trainer.num_training_batches):
             _pass_on(module, run, block, address)
         else:
-            steps[block] = _local_step(module, run, block, address, parameters[block])
+            steps[block] = _local_step(module, trainer, run, block, address, parameters[block])
     _settle_nonfinite(module, run, steps)
     run.stepped = list(steps)
     return steps
 
 
 def _local_step(
-    module: Trainable, run: Run, block: int, address: Address, parameters: Sequence[nn.Parameter]
+    module: Trainable, trainer: Trainer, run: Run, block: int, address: Address, parameters: Sequence[nn.Parameter]
 ) -> LocalStep:
     x, targets = run.links[block].receive(address)
     if not run.stage.is_first:
-        set_batch_size(module.trainer, len(x))
+        set_batch_size(trainer, len(x))
     buffers = _copies_of_buffers(module, block) if module.on_nonfinite == "skip" else []
     with module.streams.of(block, module.device):
         output = module.blocks[block](x)
         run.links[block + 1].send(address, output, targets)  # before the backward: the next block need not wait
         scores = module.score(block, output)
         loss = module.local_loss(block, scores, targets)
-        gradients = local_gradients(_scaled(module.trainer, block, loss), parameters)
+        gradients = local_gradients(_scaled(trainer, block, loss), parameters)
     module.progress[block].updates += 1
     module.progress[block].samples += len(x)
     return LocalStep(loss.detach(), scores.detach(), targets, parameters, gradients, buffers)

@@ -85,7 +85,11 @@ def test_checkpoints_hold_what_one_process_saves(num_ranks: int, settings: str, 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on", "settings"),
-    [(1, 3, "32-true"), (3, 1, "32-true"), (2, 3, "32-true"), (1, 3, "16-mixed"), (4, 2, "16-mixed")],
+    [
+        *((1, 3, "32-true"), (3, 1, "32-true"), (4, 2, "16-mixed")),
+        pytest.param(2, 3, "32-true", marks=pytest.mark.slow),
+        pytest.param(1, 3, "16-mixed", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_saved_on_some_ranks_is_resumed_on_others(
     saved_on: int, resumed_on: int, settings: str, launch: Launch

@@ -28,7 +28,7 @@ def test_ranks_started_by_running_the_script_again(job: Job, in_one_process: str
     assert_same_weights(job.wait(), [in_one_process] * 2)
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize("start_method", ["spawn", "fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_ranks_started_by_multiprocessing(start_method: str, job: Job, in_one_process: str) -> None:
     job.start(train, start_method=start_method)
     # The process that has called the Trainer, which is none of the ranks, ends with what they have learnt.
@@ -40,6 +40,7 @@ def test_ranks_started_by_torchrun(job: Job, in_one_process: str) -> None:
     assert_same_weights(job.wait(), [in_one_process] * 2)
 
 
+@pytest.mark.slow
 def test_ranks_started_by_torchrun_on_two_nodes(job: Job, in_one_process: str) -> None:
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--rdzv-id", "job"]
     for _ in range(2):

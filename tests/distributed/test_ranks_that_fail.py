@@ -76,7 +76,7 @@ def assert_checkpoint_is_whole(job: Job, undisturbed: tuple[Job, Outcome]) -> No
 # One rank fails
 
 
-@pytest.mark.parametrize(("how", "rank"), [("popen", 1), ("hand", 2)])
+@pytest.mark.parametrize(("how", "rank"), [pytest.param("popen", 1, marks=pytest.mark.slow), ("hand", 2)])
 def test_error_on_a_later_rank_is_shown_by_rank_0(
     how: str, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
@@ -102,7 +102,7 @@ def test_error_on_rank_0_is_its_own(job: Job, undisturbed: tuple[Job, Outcome]) 
     assert_checkpoint_is_whole(job, undisturbed)
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_error_on_a_rank_is_raised_by_fit_in_the_process_that_has_started_it(
     start_method: str, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
@@ -239,7 +239,9 @@ def test_rank_of_another_replica_that_hangs(job: Job) -> None:
 # The user, or the cluster, ends the job
 
 
-@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["process", "group"])
+@pytest.mark.parametrize(
+    "kill", [pytest.param(os.kill, id="process", marks=pytest.mark.slow), pytest.param(os.killpg, id="group")]
+)
 def test_interrupt_ends_every_rank(kill: Callable[[int, int], None], job: Job) -> None:
     # A terminal's Ctrl-C goes to the group, a notebook's interrupt to the one process that it knows.
     start(job, "popen", 2, fault="announce", on=1, max_epochs=10_000)
@@ -279,6 +281,7 @@ def test_training_stopped_on_one_rank_only_is_an_error(rank: int, job: Job, undi
 # After a failure
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_crashed_job_which_goes_on_from_its_last_checkpoint(
     job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:

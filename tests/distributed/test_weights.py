@@ -59,6 +59,7 @@ def test_weights_and_metrics_do_not_depend_on_the_number_of_ranks(num_ranks: int
         assert {name for name in NAMES if name.startswith("train/")} <= row.keys()
 
 
+@pytest.mark.slow
 def test_ranks_are_spawned(launch: Launch) -> None:
     def run(num_ranks: int) -> Run:
         data = (loader(16, shuffle=True), loader(8))
