@@ -119,6 +119,15 @@ def check_batch(batch: Any, batch_idx: int, num_classes: int, ignore_index: int 
     return inputs, targets
 
 
+def check_sample_size(inputs: Tensor, heads: nn.Module) -> None:
+    """Raise ValueError if BatchNorm in a head would have to train on a single sample."""
+    if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in heads.modules()):
+        raise ValueError(
+            "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
+            "drop_last=True to the DataLoader, or another batch size."
+        )
+
+
 def _describe(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
@@ -192,6 +201,23 @@ def check_block_names(saved: list[str], own: list[str]) -> None:
 
 
 # Several ranks
+
+
+def check_lengths(dataloader: object, lengths: Sequence[int | None]) -> int:
+    """Return the length of the data loaders of all ranks; raise ValueError unless all have the same."""
+    if None in lengths:
+        raise ValueError(
+            f"A data loader ({type(dataloader).__name__}) has no length, so the ranks cannot agree on a number of "
+            "batches. Use a map-style data set, or define __len__ on the iterable one."
+        )
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"The data loaders have different lengths, by rank: {lengths} batches. Every rank must have the same "
+            "number; let Lightning deal the data to replicas (use_distributed_sampler=True)."
+        )
+    assert lengths[0] is not None
+    return lengths[0]
+
 
 # Ranks that differ in these would wait for each other without end, or train something else.
 _TRAINER_FLAGS = (

@@ -43,7 +43,7 @@ class Message:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What there is to store or send."""
+        """The tensors to store or send."""
         return (self.codes,) if self.codebook is None else (self.codes, self.codebook)
 
     @property
@@ -144,11 +144,11 @@ class VectorQuantizer(Codec):
     """Online vector quantization (the 2021 paper's addition; its constants were not available, these are our own).
 
     Channels are cut in groups of ``code_dim``; a group at one position is a vector, which is replaced by the number of
-    the nearest of ``num_codes`` codes, by Euclidean distance. One codebook serves all groups, unless there are to be
-    several. It is learned online: the first batch initialises it (k-means++ and a few steps of k-means), and every
-    further one moves each code, by an exponential moving average, towards the mean of the vectors it stands for. A code
-    that hardly any vector is nearest to is drawn anew, from vectors that are far from theirs. Of each batch 64 vectors
-    a code of one codebook, and 65536 at most, are learned from, at random.
+    the nearest of ``num_codes`` codes, by Euclidean distance. One codebook serves all groups, unless ``num_codebooks``
+    asks for several. It is learned online: the first batch initialises it (k-means++ and a few steps of k-means); each
+    further batch moves each code, by an exponential moving average, towards the mean of the vectors it stands for. A
+    code that hardly any vector is nearest to is drawn again, from vectors that are far from theirs. From each batch it
+    learns from random vectors: 64 for each code of a codebook, and 65536 at most.
 
     A float32 tensor becomes 4 · ``code_dim`` times smaller with 256 codes, the codebook apart, which each message holds
     (8 KiB for 256 codes of 8).
@@ -251,7 +251,7 @@ class VectorQuantizer(Codec):
         self._check(x)
         if not torch.stack(torch.aminmax(x)).isfinite().all():  # NaN, too, shows in both
             raise ValueError("x has values that are NaN or infinite; the codebook was left as it was.")
-        # A stream of its own: data and dropout are drawn as they would be without a codec.
+        # A separate random stream: data and dropout are drawn as they would be without a codec.
         generator = torch.Generator(x.device).manual_seed(int(self.num_updates))
         books = [self._sample(part, generator) for part in self._parts(x)]
         if not self.num_updates:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
@@ -18,14 +17,21 @@ from lightning_dgl._arguments import check_choice, check_length, one_per_block
 from lightning_dgl.address import current_address
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
-from lightning_dgl.checks import check_batch, check_block_names, check_head, check_strategy, number_of_classes
+from lightning_dgl.checks import (
+    check_batch,
+    check_block_names,
+    check_head,
+    check_sample_size,
+    check_strategy,
+    number_of_classes,
+)
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
 from lightning_dgl.metrics import BlockMetrics, EpochMetrics, add_vote, class_indices, ensemble, metric_collection
-from lightning_dgl.optim import BlockLRScheduler, BlockOptimizer
+from lightning_dgl.optim import BlockLRScheduler, BlockOptimizer, LRSchedulerFactory, OptimizerFactory, sgd
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
@@ -38,14 +44,6 @@ from lightning_dgl.splitting import (
     split_network,
 )
 from lightning_dgl.training import Progress, RandomStreams, deliver, step_lr_scheduler, take_turns
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-LRSchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-
-
-def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
-    """Return the paper's optimizer: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4."""
-    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 class DGLModule(LightningModule):
@@ -80,7 +78,7 @@ class DGLModule(LightningModule):
         balance: what ``num_blocks`` balances: "flops", "memory" held for backward, or measured "time"; heads count.
         on_nonfinite: what a NaN or infinite local loss does: "raise" :class:`NonFiniteLossError` before any update, or
             "skip" that block's gradients and buffer changes of this batch, counted in ``train/skipped_block{j}``.
-        compile: run every block and every head through ``torch.compile``, each by itself, in training and evaluation;
+        compile: run every block and every head through ``torch.compile``, each apart, in training and evaluation;
             weights and checkpoints stay the same. ``forward`` of the whole network is left as it is. On a CPU it saves
             memory, but hardly any time.
 
@@ -311,11 +309,7 @@ class DGLModule(LightningModule):
         address = current_address(self.trainer, batch_idx)
         if not isinstance(batch, Token):
             inputs, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
-            if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in self.heads.modules()):
-                raise ValueError(
-                    "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
-                    "drop_last=True to the DataLoader, or another batch size."
-                )
+            check_sample_size(inputs, self.heads)
             self.run.links[0].put(address, (inputs, targets))
         if batch_idx % self.trainer.accumulate_grad_batches == 0 and not skips_backward(self.trainer):
             # As Lightning will, but it frees the gradients of the step before only when there are new ones.
@@ -433,7 +427,7 @@ class DGLModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each block's gradients by themselves, so that a block's update does not depend on the others."""
+        """Clip the gradients of each block apart, so that a block's update does not depend on the others."""
         assert isinstance(optimizer, BlockOptimizer)
         for own in optimizer.optimizers:
             if any(p.grad is not None for group in own.param_groups for p in group["params"]):

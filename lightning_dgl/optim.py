@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
+    """Return the paper's optimizer: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4."""
+    return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 class _States(MutableMapping[Tensor, Any]):
@@ -55,7 +63,7 @@ class BlockOptimizer(Optimizer):
         optimizers: one for each block, in order.
 
     Raises:
-        ValueError: if an optimizer's ``step`` needs a closure (LBFGS): a block's loss is not computed anew in a step.
+        ValueError: if an optimizer's ``step`` needs a closure (LBFGS): a step cannot compute a block's loss again.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -65,7 +73,7 @@ class BlockOptimizer(Optimizer):
             if closure is not None and closure.default is inspect.Parameter.empty:
                 raise ValueError(
                     f"The optimizer of block {j}, {type(optimizer).__name__}, needs a closure that computes the loss "
-                    "anew, which decoupled training does not offer. Use a first-order optimizer such as SGD or Adam."
+                    "again, which decoupled training does not offer. Use a first-order optimizer such as SGD or Adam."
                 )
             for i, group in enumerate(optimizer.param_groups):
                 own = group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{i + 1}")
@@ -144,9 +152,7 @@ class BlockLRScheduler:
         ValueError: if some blocks, but not all, have a ReduceLROnPlateau; Lightning steps those at another time.
     """
 
-    def __init__(
-        self, optimizer: BlockOptimizer, make: Sequence[Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]]
-    ) -> None:
+    def __init__(self, optimizer: BlockOptimizer, make: Sequence[LRSchedulerFactory]) -> None:
         self.optimizer = optimizer
         self.schedulers = [factory(own) for factory, own in zip(make, optimizer.optimizers, strict=True)]
         for j, scheduler in enumerate(self.schedulers):

@@ -51,7 +51,7 @@ class ReplayBuffer:
 
     Writing overwrites the oldest batch. Reading takes, among the batches that were read the fewest times, the most
     recent one. The buffer keeps the tensors themselves, which must not change after they were put; nothing is copied
-    unless they are to be stored elsewhere than they are.
+    unless ``device`` is another one than theirs.
 
     Args:
         capacity: M, in batches.

@@ -131,7 +131,7 @@ class Asynchronous(Schedule):
         max_lead: on several ranks, how many batches a stage may be ahead of the one before it, within an epoch; by
             default four times ``buffer_size``. Else a stage that is much faster would train on the epoch's first few
             batches only, and then wait all the same.
-        epochs_per_block: after how many epochs of its own a block trains no longer but only passes on its output, in
+        epochs_per_block: after how many of its epochs a block stops training and only passes on its output, in
             eval mode, as in the paper; give a slowed block time for them by a larger ``max_epochs``.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,34 +23,33 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import Store
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dgl._arguments import check_at_least, check_choice
-from lightning_dgl.checks import check_ranks, check_same, fingerprint
+from lightning_dgl.checks import check_lengths, check_ranks, check_same, fingerprint
 from lightning_dgl.distributed import (
     AGREED,
     DistributedStage,
     Groups,
-    Inbox,
-    Outbox,
     Process,
-    ReplayInbox,
+    Replica,
     Stage,
     StageLoader,
     StatefulStageLoader,
     Token,
     Watchdog,
     blocks_in_words,
+    exchange,
+    init_ranks,
+    open_wires,
     this_process,
 )
 from lightning_dgl.distributed.launcher import RankLauncher
 from lightning_dgl.lightning_internals import (
     SubprocessScriptLauncher,
-    init_process_group,
     reduce_tensor,
     set_predictions,
     take_over,
@@ -164,7 +162,7 @@ class DGLStrategy(ParallelStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether Lightning is to deal the data to replicas."""
+        """Whether Lightning deals the data to replicas."""
         return self.data_parallel_size > 1
 
     @property
@@ -235,22 +233,14 @@ class DGLStrategy(ParallelStrategy):
                 "or data_parallel_size=1."
             )
 
-    def _check_stages(self) -> None:
-        if self._num_stages > self._module.num_blocks:
-            raise ValueError(
-                f"There are more stages than blocks: {self._num_ranks} ranks / data_parallel_size="
-                f"{self.data_parallel_size} make {self._num_stages} stages, the module has {self._module.num_blocks} "
-                f"block(s). Pass num_blocks={self._num_stages} or more to DGLModule, or fewer devices."
-            )
-
     def _assignment(self) -> list[range]:
-        """The blocks of each stage, auxiliary heads counted in."""
+        """Return the blocks of each stage; auxiliary heads count."""
         module = self._module
         costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
         return assign_blocks(costs, self._num_stages)
 
     def _rank_names(self) -> list[str]:
-        """How messages speak of each rank."""
+        """Return the name of each rank in messages."""
         if self._num_stages > self._module.num_blocks:
             return [f"Rank {rank}" for rank in range(self._num_ranks)]
         stages = self._assignment() * self.data_parallel_size
@@ -260,49 +250,36 @@ class DGLStrategy(ParallelStrategy):
         return self._rank_names()[self.node_rank * self.num_processes + local_rank]
 
     def _connect_ranks(self) -> None:
-        backend = self._init_process_group()
+        assert self.cluster_environment is not None
+        device, schedule = self.root_device, self.schedule
+        backend = init_ranks(self.cluster_environment, device, self._process_group_backend, self._timeout)
         processes = self._check_alike()
         if self._groups is None:
-            self._groups = Groups.make(
-                self._num_ranks, self.data_parallel_size, self.root_device.type, backend, self._timeout
-            )
-        watchdog = self._start_watchdog(processes)
-        stage = DistributedStage(self._assignment(), self._groups, dist.distributed_c10d._get_default_store(), watchdog)
-        self._start_run(stage, **self._open_wires(stage))
+            self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
+        store = dist.distributed_c10d._get_default_store()
+        stage = DistributedStage(self._assignment(), self._groups, store.clone(), self._watchdog(store, processes))
+        ends = open_wires(stage, device, self._prefetch, schedule.new_buffer(), schedule.may_read)
+        self._start_run(stage, may_drop=schedule.may_drop, **ends)
         take_over(self._module.trainer, self.cluster_environment)
         check_ranks(self._module.trainer, stage.is_split, stage.is_replicated)
 
-    def _init_process_group(self) -> str:
-        """Connect all ranks; return the backend."""
-        device = self.root_device
-        backend = self._process_group_backend or ("gloo" if device.type == "cpu" else "nccl")
-        if backend != "gloo" and ":" not in backend:  # ranks also exchange what is in the host's memory
-            backend = f"cpu:gloo,{device.type}:{backend}"
-        options: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
-        # A rank may take longer to start than it may keep others waiting afterwards.
-        options["timeout"] = max(self._timeout, default_pg_timeout)
-        if dist.is_torchelastic_launched() and not dist.is_initialized():
-            # torchrun restarts ranks with the same store, where those of the last attempt have left their addresses.
-            store, _, _ = next(rendezvous("env://", self.global_rank, self._num_ranks, timeout=options["timeout"]))
-            options["store"] = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        assert self.cluster_environment is not None
-        init_process_group(self.cluster_environment, backend, **options)
-        return backend
-
     def _check_alike(self) -> list[Process]:
         """Check that ranks were started alike, before any that differ wait for each other; return where they run."""
-        names = self._module.block_names
-        mine = fingerprint(self._module, names, self.schedule, self._codec, self.data_parallel_size)
-        everyones: list[Any] = [None] * self._num_ranks
-        dist.all_gather_object(everyones, (mine, this_process()))
+        mine = fingerprint(self._module, self._module.block_names, self.schedule, self._codec, self.data_parallel_size)
+        everyones = exchange((mine, this_process()))
         check_same([settings for settings, _ in everyones], self._rank_names())
-        self._check_stages()
+        if self._num_stages > self._module.num_blocks:
+            raise ValueError(
+                f"There are more stages than blocks: {self._num_ranks} ranks / data_parallel_size="
+                f"{self.data_parallel_size} make {self._num_stages} stages, the module has {self._module.num_blocks} "
+                f"block(s). Pass num_blocks={self._num_stages} or more to DGLModule, or fewer devices."
+            )
         return [process for _, process in everyones]
 
-    def _start_watchdog(self, processes: list[Process]) -> Watchdog:
+    def _watchdog(self, store: Store, processes: list[Process]) -> Watchdog:
         launcher, trainer = self._launcher, self._module.trainer
         watchdog = Watchdog(
-            dist.distributed_c10d._get_default_store().clone(),
+            store.clone(),
             self.global_rank,
             self._rank_names(),
             self._timeout.total_seconds(),
@@ -313,22 +290,6 @@ class DGLStrategy(ParallelStrategy):
         )
         watchdog.processes = processes
         return watchdog
-
-    def _open_wires(self, stage: DistributedStage) -> dict[str, Any]:
-        """Open the wires to the ranks of the previous and the next stage, as arguments of ``make_links``."""
-        topology, schedule = stage.topology, self.schedule
-        ends: dict[str, Any] = {"may_drop": schedule.may_drop}
-        if topology.previous is not None:
-            group = stage.groups.wires[topology.previous, topology.rank]
-            wire = (group, topology.previous, self.root_device, self._prefetch, stage.watchdog)
-            buffer = schedule.new_buffer()
-            ends["inbox"] = (
-                Inbox(*wire) if buffer is None else ReplayInbox(*wire, buffer=buffer, may_read=schedule.may_read)
-            )
-        if topology.next is not None:
-            group = stage.groups.wires[topology.rank, topology.next]
-            ends["outbox"] = Outbox(group, topology.next, self.root_device, 1, stage.watchdog)
-        return ends
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -360,7 +321,9 @@ class DGLStrategy(ParallelStrategy):
         if self.data_parallel_size == 1 or self._module.trainer.state.fn != TrainerFn.FITTING:
             return model
         assert isinstance(self._stage, DistributedStage)
-        replica = _Replica(self._module, self._stage)
+        module, blocks = self._module, self._stage.blocks
+        parts = [*(module.blocks[j] for j in blocks), *(module.heads[j] for j in blocks if j < len(module.heads))]
+        replica = Replica(module.training_step, parts, self._stage.watchdog.at_work)
         if not any(p.requires_grad for p in replica.parameters()):
             return model
         device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
@@ -374,18 +337,7 @@ class DGLStrategy(ParallelStrategy):
         stage = self._stage
         if not stage.is_open:
             return dataloader
-        length = sized_len(dataloader)
-        lengths = stage.gather(length)
-        if length is None or None in lengths:
-            raise ValueError(
-                f"A data loader ({type(dataloader).__name__}) has no length, so the ranks cannot agree on a number of "
-                "batches. Use a map-style data set, or define __len__ on the iterable one."
-            )
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"The data loaders have different lengths, by rank: {lengths} batches. Every rank must have the same "
-                "number; let Lightning deal the data to replicas (use_distributed_sampler=True)."
-            )
+        length = check_lengths(dataloader, stage.gather(sized_len(dataloader)))
         if stage.is_first:
             return dataloader
         stateful = hasattr(dataloader, "state_dict") and hasattr(dataloader, "load_state_dict")
@@ -529,21 +481,6 @@ class DGLStrategy(ParallelStrategy):
             self.run.close()
         self.model = self._lightning_module
         super().teardown()
-
-
-class _Replica(nn.Module):
-    """A stage as DistributedDataParallel wants it: a module with this stage's parameters and buffers only."""
-
-    def __init__(self, module: DGLModule, stage: DistributedStage) -> None:
-        super().__init__()
-        self.__dict__["_training_step"] = module.training_step  # not registered: it has the other blocks, too
-        self._at_work = stage.watchdog.at_work
-        self._blocks = nn.ModuleList(module.blocks[j] for j in stage.blocks)
-        self._heads = nn.ModuleList(module.heads[j] for j in stage.blocks if j < len(module.heads))
-
-    def forward(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        with self._at_work():
-            return self.__dict__["_training_step"](*args, **kwargs)
 
 
 def _without_states(state: dict[str, Any], keep: range) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Blocks on several ranks. Knows nothing of networks.
 
-topology says where a rank stands and connects the ranks, wire carries activations from one to the next, loaders stand
-in for the data of later stages, failures and watchdog make one rank's failure everyone's, and stage puts these together
-for one rank.
+topology says where a rank stands, connect joins the ranks, wire carries activations from one to the next, loaders stand
+in for the data of later stages, replica lets ranks train the same blocks, failures and watchdog make one rank's failure
+everyone's, and stage is what one rank has of all this.
 """
 
+from lightning_dgl.distributed.connect import exchange, init_ranks, open_wires
 from lightning_dgl.distributed.failures import RankFailedError
 from lightning_dgl.distributed.loaders import StageLoader, StatefulStageLoader, Token
+from lightning_dgl.distributed.replica import Replica
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Report, Stage
 from lightning_dgl.distributed.topology import Groups, Topology, blocks_in_words
 from lightning_dgl.distributed.watchdog import Process, Watchdog, this_process
@@ -21,6 +23,7 @@ __all__ = [
     "Process",
     "RankFailedError",
     "ReplayInbox",
+    "Replica",
     "Report",
     "Stage",
     "StageLoader",
@@ -29,5 +32,8 @@ __all__ = [
     "Topology",
     "Watchdog",
     "blocks_in_words",
+    "exchange",
+    "init_ranks",
+    "open_wires",
     "this_process",
 ]

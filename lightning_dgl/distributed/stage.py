@@ -113,7 +113,7 @@ class Stage:
 
     @property
     def log_options(self) -> dict[str, Any]:
-        """How Lightning is to log values at the end of an epoch."""
+        """Arguments of ``log`` for values at the end of an epoch."""
         # Metrics have agreed across ranks already; sync_dist only tells Lightning so.
         return {"sync_dist": dist.is_available() and dist.is_initialized()}
 

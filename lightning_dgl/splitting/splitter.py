@@ -168,7 +168,7 @@ def _check_blocks(
             raise SplitError(
                 f"The blocks do not reproduce {type(network).__name__} in {'train' if mode else 'eval'} mode: its "
                 "forward depends on something that tracing does not see, such as the batch size or state kept outside "
-                "buffers. Move that part into a submodule of its own, or pass the network as an nn.Sequential."
+                "buffers. Move that part into a separate submodule, or pass the network as an nn.Sequential."
             ) from error
 
 

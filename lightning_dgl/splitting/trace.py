@@ -59,7 +59,7 @@ class Trace:
     """A traced network.
 
     Attributes:
-        graph: every operation, with the parameters and buffers that it reads as nodes of their own (``get_attr``).
+        graph: every operation, with the parameters and buffers that it reads as separate nodes (``get_attr``).
         root: the tree of module calls.
         returns: the path of a module and the node that it returned, for each call, inner calls before outer ones.
         kept_whole: the path of each module with children that could not be traced into, and the reason.

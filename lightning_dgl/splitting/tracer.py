@@ -57,7 +57,7 @@ def _trace(network: nn.Module, example_input: Tensor, mode: bool | None) -> Trac
         except Exception as error:
             raise SplitError(
                 f"{type(network).__name__}.forward cannot be traced into blocks ({_reason(error)}). Move the part that "
-                "cannot be into a submodule of its own (a submodule that cannot be traced is kept whole), or pass the "
+                "cannot be into a separate submodule (a submodule that cannot be traced is kept whole), or pass the "
                 "network as an nn.Sequential of its parts and name the cuts with split_at."
             ) from error
     return Trace(graph, tracer.frame, tracer.returns, tracer.kept_whole)
