@@ -193,9 +193,9 @@ class DGLModule(LightningModule):
     def block_tensors(self, block: int) -> list[Tensor]:
         """Return everything that block ``block`` and its head hold: parameters and buffers."""
         own = self.blocks[block]
-        assert isinstance(own, Block)
         head = self.heads[block] if block < len(self.heads) else nn.Identity()
-        return [*own.tensors(), *head.parameters(), *head.buffers()]
+        tensors = own.tensors() if isinstance(own, Block) else [*own.parameters(), *own.buffers()]
+        return [*tensors, *head.parameters(), *head.buffers()]
 
     # Scores
 
@@ -252,20 +252,16 @@ class DGLModule(LightningModule):
 
     # The run
 
-    @property
-    @override
-    def trainer(self) -> Trainer:
-        return LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:
-        # Lightning attaches the Trainer before it calls any hook.
+    def _attach_trainer(self, trainer: Trainer | None) -> None:
+        """Start afresh with a Trainer, which Lightning attaches before it calls any hook."""
         LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
         self.run = None
         if isinstance(trainer, Trainer):
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             if not any(isinstance(callback, Bookkeeping) for callback in callbacks):
                 callbacks.insert(0, Bookkeeping())
+
+    trainer = property(LightningModule.trainer.fget, _attach_trainer)  # type: ignore[attr-defined,assignment]
 
     def start_run(self, stage: Stage, schedule: Schedule, codec: Any = None, **ends: Any) -> Run:
         """Make the run of this rank's blocks.

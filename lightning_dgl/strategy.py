@@ -479,7 +479,7 @@ class DGLStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.run is not None:
             self.run.close()
-        self.model = self._lightning_module
+        self.model = self.lightning_module
         super().teardown()
 
 

@@ -42,6 +42,8 @@ def balanced_cuts(
         >>> balanced_cuts(ranks=[1, 1, 1], costs=[1, 2, 3, 4], head_costs=[0, 0, 0], num_blocks=2)
         [1]
     """
+    if num_blocks == 1:
+        return []
     inputs = [0.0] * len(ranks) if input_costs is None else input_costs
 
     def cost_between(allowed: Sequence[int]) -> BlockCost:

@@ -126,6 +126,19 @@ class Samples(L.Callback):
             self.seen.setdefault(trainer.current_epoch, []).extend(samples)
 
 
+def test_one_block_on_two_replicas_is_data_parallel_backpropagation(launch: Launch) -> None:
+    def act(trainer: L.Trainer) -> DGLModule:
+        return fit(
+            trainer,
+            DGLModule(plain_cnn(), 1, example_input=(2, 3, 8, 8), optimizer=sgd),
+            (DealtData(8 // trainer.world_size),),
+        )
+
+    (one,), several = launch(1, act).ranks, launch(2, act, data_parallel_size=2).ranks
+    for note in several:
+        assert differences(note["weights"], one["weights"], tolerance=1e-6) == []
+
+
 def test_replicas_share_the_data_anew_in_each_epoch(launch: Launch) -> None:
     run = launch(
         4,

@@ -80,3 +80,13 @@ def test_an_input_that_is_not_finite(on_nonfinite: str, make_trainer: MakeTraine
         assert record.changed(1) == [False] * 4
         assert record.changed(2) == [True] * 4
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_a_network_in_one_block_skips_too(make_trainer: MakeTrainer) -> None:
+    class SpoiledWhole(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            return super().local_loss(block, scores, targets) * (float("nan") if self.trainer.global_step == 1 else 1)
+
+    record = Record()
+    make_trainer(callbacks=[record]).fit(make_module(1, kind=SpoiledWhole, on_nonfinite="skip"), loader())
+    assert [record.changed(step) for step in range(5)] == [[True], [False], [True], [True], [True]]
