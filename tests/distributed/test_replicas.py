@@ -127,14 +127,15 @@ class Samples(L.Callback):
 
 
 def test_one_block_on_two_replicas_is_data_parallel_backpropagation(launch: Launch) -> None:
-    def act(trainer: L.Trainer) -> DGLModule:
-        return fit(
-            trainer,
-            DGLModule(plain_cnn(), 1, example_input=(2, 3, 8, 8), optimizer=sgd),
-            (DealtData(8 // trainer.world_size),),
-        )
+    def run(num_ranks: int, batch_size: int) -> list[Any]:
+        def act(trainer: L.Trainer) -> DGLModule:
+            module = DGLModule(plain_cnn(), 1, example_input=(2, 3, 8, 8), optimizer=sgd)
+            return fit(trainer, module, (DealtData(batch_size),))
 
-    (one,), several = launch(1, act).ranks, launch(2, act, data_parallel_size=2).ranks
+        return launch(num_ranks, act, data_parallel_size=num_ranks).ranks
+
+    (one,), several = run(1, batch_size=8), run(2, batch_size=4)
+    assert len(several) == 2
     for note in several:
         assert differences(note["weights"], one["weights"], tolerance=1e-6) == []
 
