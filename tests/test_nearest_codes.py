@@ -128,7 +128,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("num_codes", [256, 4096])
+@pytest.mark.parametrize("num_codes", [256, pytest.param(4096, marks=pytest.mark.slow)])
 def test_encoding_needs_little_memory(num_codes: int, memory_format: Any) -> None:
     x = activations(16, 16, 64, 64).contiguous(memory_format=memory_format)  # 4 MiB; all scores would take 128 MiB
     quantizer = VectorQuantizer(num_codes, 8)

@@ -126,7 +126,7 @@ def test_a_run_saved_on_some_ranks_is_resumed_on_others(
     "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint that ended before"
 )
 @pytest.mark.parametrize("make_loader", [ResumableLoader, lambda: loader(40)], ids=["resumable loader", "plain loader"])
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_resuming_within_an_epoch(num_ranks: int, make_loader: Callable[[], Any], launch: Launch) -> None:
     def run(num_ranks: int, ckpt_path: Path | None = None) -> Run:
         keep = ModelCheckpoint(filename="{step}", every_n_train_steps=1, save_top_k=-1)

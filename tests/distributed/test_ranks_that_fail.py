@@ -127,7 +127,7 @@ def train_and_catch(**arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("how", "devices", "fault", "what"),
     [
-        ("popen", 2, "kill", "signal SIGKILL"),
+        pytest.param("popen", 2, "kill", "signal SIGKILL", marks=pytest.mark.slow),
         ("fork", 2, "exit", "exit code 3|crashed"),  # the process that has started it knows more, if it is the first
         ("hand", 3, "kill", "crashed"),
     ],
@@ -164,7 +164,9 @@ def test_rank_0_that_is_killed(job: Job, undisturbed: tuple[Job, Outcome]) -> No
     assert_checkpoint_is_whole(job, undisturbed)
 
 
-@pytest.mark.parametrize(("how", "devices", "rank"), [("hand", 2, 0), ("hand", 3, 1), ("fork", 2, 1)])
+@pytest.mark.parametrize(
+    ("how", "devices", "rank"), [("hand", 2, 0), ("hand", 3, 1), pytest.param("fork", 2, 1, marks=pytest.mark.slow)]
+)
 def test_rank_that_hangs_is_found_and_shown_with_what_it_does(
     how: str, devices: int, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
