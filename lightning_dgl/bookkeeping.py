@@ -6,8 +6,9 @@ may go wrong if they do not call ``super()``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,14 +27,27 @@ KEY = "lightning_dgl"
 """Where a checkpoint keeps what the plugin adds."""
 
 
+def _for_dgl_modules(hook: Callable[..., None]) -> Callable[..., None]:
+    """Let ``hook`` do nothing for other LightningModules: a Trainer may go on to train one."""
+
+    @wraps(hook)
+    def guarded(self: Bookkeeping, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        if hasattr(pl_module, "start_run_if_none"):
+            hook(self, trainer, pl_module, *args, **kwargs)
+
+    return guarded
+
+
 class Bookkeeping(Callback):
     """Starts runs, logs every block's metrics at the end of epochs, and saves and restores training state."""
 
     @override
+    @_for_dgl_modules
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         pl_module.start_run_if_none()
 
     @override
+    @_for_dgl_modules
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         run: Run = pl_module.run
         check_fit(trainer, run.schedule)
@@ -51,6 +65,7 @@ class Bookkeeping(Callback):
             set_random_state(run.random_state, pl_module.device)
 
     @override
+    @_for_dgl_modules
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run: Run = pl_module.run  # type: ignore[assignment]
         if run.random_state is not None and trainer.fit_loop.restarted_mid_epoch:
@@ -61,12 +76,14 @@ class Bookkeeping(Callback):
             check_has_length(trainer)
 
     @override
+    @_for_dgl_modules
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_not_empty(trainer)
 
     # Metrics
 
     @override
+    @_for_dgl_modules
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
         run: Run = pl_module.run  # type: ignore[assignment]
@@ -77,16 +94,19 @@ class Bookkeeping(Callback):
             log_reports(trainer, run)
 
     @override
+    @_for_dgl_modules
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _log_epoch(pl_module, "val", trainer.num_val_batches)
+        _log_metrics(pl_module, "val", trainer.num_val_batches)
 
     @override
+    @_for_dgl_modules
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _log_epoch(pl_module, "test", trainer.num_test_batches)
+        _log_metrics(pl_module, "test", trainer.num_test_batches)
 
     # Checkpoints
 
     @override
+    @_for_dgl_modules
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save which blocks there are, and all that lets a resumed run continue as if it had not been interrupted."""
         run: Run = pl_module.run
@@ -117,6 +137,7 @@ class Bookkeeping(Callback):
         }
 
     @override
+    @_for_dgl_modules
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(KEY)
         if saved is None:
@@ -133,7 +154,7 @@ class Bookkeeping(Callback):
                 link.codec.load_state_dict(state)
 
 
-def _log_epoch(module: Any, phase: str, num_batches: Sequence[float]) -> None:
+def _log_metrics(module: Any, phase: str, num_batches: Sequence[float]) -> None:
     run: Run = module.run
     for i, metrics in run.metrics.pop(phase).items():
         suffix = f"/dataloader_idx_{i}" if len(num_batches) > 1 else ""

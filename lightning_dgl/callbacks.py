@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_dgl.codecs import VectorQuantizer
 from lightning_dgl.distributed import Report
 from lightning_dgl.links import Traffic
-from lightning_dgl.logs import updates_after
+from lightning_dgl.logs import loggers_are_due, updates_after
 from lightning_dgl.run import Run
 
 
@@ -101,9 +101,7 @@ class BlockMonitor(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        is_due = every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
-        if not is_due or not updates_after(trainer, batch_idx):
+        if not loggers_are_due(trainer, trainer.global_step) or not updates_after(trainer, batch_idx):
             return
         values = self._measure(trainer, pl_module)
         self._restart(trainer, pl_module)

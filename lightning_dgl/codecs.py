@@ -71,10 +71,6 @@ class Message:
         """N, the number of samples."""
         return len(self.codes)
 
-    def detach(self) -> Message:
-        """The message: it never has a graph."""
-        return self
-
     def map(self, function: Callable[[Tensor], Tensor]) -> Message:
         """The message of what ``function`` makes of its tensors, such as copies on another device."""
         codebook = None if self.codebook is None else function(self.codebook)

@@ -32,7 +32,8 @@ def log_step(module: LightningModule, run: Run, batch_idx: int, steps: Mapping[i
         shown["loss"] = steps[last_block].loss
     if run.stage.is_split:
         run.latest |= shown
-        if takes_all and not run.stage.is_first and updates_after(trainer, batch_idx) and _loggers_are_due(trainer):
+        is_due = updates_after(trainer, batch_idx) and loggers_are_due(trainer, trainer.global_step + 1)
+        if takes_all and not run.stage.is_first and is_due:
             numbers = {f"train/{name}": float(value) for name, value in shown.items()}
             run.stage.report(Report(trainer.global_step, numbers | {"epoch": trainer.current_epoch}))
     if shown:
@@ -78,9 +79,10 @@ def updates_after(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
-def _loggers_are_due(trainer: Trainer) -> bool:
+def loggers_are_due(trainer: Trainer, num_steps: int) -> bool:
+    """Return whether Lightning gives loggers what is logged in the last of ``num_steps`` steps."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and ((trainer.global_step + 1) % every == 0 or trainer.should_stop)
+    return every > 0 and (num_steps % every == 0 or trainer.should_stop)
 
 
 def _takes_all_values(trainer: Trainer) -> bool:
@@ -88,7 +90,7 @@ def _takes_all_values(trainer: Trainer) -> bool:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     monitored = [getattr(callback, "monitor", None) for callback in callbacks]
     return (
-        _loggers_are_due(trainer)
+        loggers_are_due(trainer, trainer.global_step + 1)
         or is_last
         or trainer.global_step == 0
         or any(isinstance(name, str) and name.startswith("train/") and name != "train/loss" for name in monitored)

@@ -284,7 +284,8 @@ class DGLModule(LightningModule):
     def start_run_if_none(self) -> None:
         """Make a run of all blocks in this process, under a strategy that has not made one."""
         if self.run is None:
-            check_strategy(self.trainer)
+            if not (self.trainer.evaluating or self.trainer.predicting):
+                check_strategy(self.trainer)
             self.start_run(Stage(range(self.num_blocks)), Synchronous())
 
     def _new_metrics(self) -> BlockMetrics:

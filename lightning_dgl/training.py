@@ -186,7 +186,7 @@ def _settle_nonfinite(module: Trainable, run: Run, steps: dict[int, LocalStep]) 
             "block's update instead."
         )
     for block in blocks:
-        run.num_skipped[block] = run.num_skipped.get(block, 0) + 1
+        run.num_skipped[block] += 1
         steps[block].undo()
 
 

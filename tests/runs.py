@@ -141,6 +141,20 @@ class Backpropagation(L.LightningModule):
         return sgd(self.parameters())
 
 
+def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+
+
+def rates(module: DGLModule) -> list[float]:
+    return [optimizer.param_groups[0]["lr"] for optimizer in module.optimizers().optimizers]
+
+
+class BackpropagationWithSchedule(Backpropagation):
+    def configure_optimizers(self) -> Any:
+        optimizer = sgd(self.parameters())
+        return [optimizer], [cosine(optimizer)]
+
+
 def quiet_trainer(**kwargs: Any) -> L.Trainer:
     """Make a one-device CPU Trainer for one epoch that prints and writes nothing; keywords override."""
     defaults: dict[str, Any] = {

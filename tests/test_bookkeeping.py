@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_dgl import DGLModule
-from tests.runs import MakeTrainer, block_weights, half, loader, make_module, same
+from tests.runs import Backpropagation, MakeTrainer, block_weights, half, loader, make_module, same, small_cnn
 
 HOOKS = (
     *("setup", "on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "teardown"),
@@ -78,6 +78,14 @@ def test_a_trainer_keeps_one_callback_of_the_plugin(make_trainer: MakeTrainer) -
         trainer.fit(make_module(), loader())
         trainer.fit_loop.max_epochs = 1
     assert [type(callback).__name__ for callback in trainer.callbacks].count("Bookkeeping") == 1  # type: ignore[attr-defined]
+
+
+def test_the_same_trainer_may_go_on_with_another_module(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(strategy="auto")
+    trainer.fit(make_module(), loader(), loader())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Backpropagation(small_cnn()), loader())
+    assert trainer.current_epoch == 2
 
 
 def test_strategies_that_take_blocks_apart_are_refused(make_trainer: MakeTrainer) -> None:

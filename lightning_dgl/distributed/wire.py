@@ -98,7 +98,7 @@ class Outbox(_End):
         Raises:
             RankFailedError: if the receiver fails, or takes nothing for as long as the strategy's timeout.
         """
-        self._put(self._packed(address, tensors), "to take the next batch")
+        self._put(self._packed(address, tensors))
 
     def offer(self, address: Address, tensors: Sequence[Tensor | Message]) -> None:
         """Like :meth:`put`, but never block: drop the oldest queued parcel if the queue is full."""
@@ -115,7 +115,7 @@ class Outbox(_End):
 
     def close(self) -> None:
         """Tell the receiver that nothing follows, and wait until everything is sent."""
-        self._put(None, "to take the next batch")
+        self._put(None)
 
         def is_sent() -> bool:
             self._thread.join(self._watchdog.interval)
@@ -129,8 +129,8 @@ class Outbox(_End):
         event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
         return header, tensors, event
 
-    def _put(self, item: Any, what: str) -> None:
-        self.seconds_waited += self._watchdog.put(self._queue, item, self._peer, what)
+    def _put(self, item: Any) -> None:
+        self.seconds_waited += self._watchdog.put(self._queue, item, self._peer, "to take the next batch")
 
     @override
     def _run(self) -> None:

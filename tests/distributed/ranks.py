@@ -16,6 +16,7 @@ from unittest import mock
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dgl import DGLModule, DGLStrategy
@@ -157,3 +158,16 @@ def fit(trainer: L.Trainer, module: DGLModule, data: tuple[Any, ...], **kwargs: 
     else:
         trainer.fit(module, *data, **kwargs)
     return module
+
+
+class Keep(BasePredictionWriter):
+    """Keeps what a writer of predictions is given."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+        self.seen: Any = None
+
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        self.seen = predictions

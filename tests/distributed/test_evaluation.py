@@ -6,12 +6,9 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import (
-    BasePredictionWriter,
-)
 from torch.utils._pytree import tree_map
 
-from tests.distributed.ranks import Launch, Notes, Run, assert_same_outcome, dropout_module
+from tests.distributed.ranks import Keep, Launch, Notes, Run, assert_same_outcome, dropout_module
 from tests.runs import differences, loader
 
 
@@ -36,19 +33,6 @@ def test_evaluation_returns_what_one_process_returns(verb: str, num_ranks: int, 
         )
         assert differences(several.result, one.result) == []
         assert_same_outcome(several, one)
-
-
-class Keep(BasePredictionWriter):
-    """Keeps what a writer of predictions is given."""
-
-    def __init__(self) -> None:
-        super().__init__(write_interval="epoch")
-        self.seen: Any = None
-
-    def write_on_epoch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
-    ) -> None:
-        self.seen = predictions
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

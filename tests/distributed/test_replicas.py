@@ -8,14 +8,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
-    BasePredictionWriter,
     ModelCheckpoint,
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dgl import DGLModule
-from tests.distributed.ranks import Launch, Notes, Run, comparable, fit
+from tests.distributed.ranks import Keep, Launch, Notes, Run, comparable, fit
 from tests.internals import blocks_here
 from tests.runs import block_weights, differences, loader, sgd, small_data, step_lr
 
@@ -153,19 +152,6 @@ def test_replicas_share_the_data_anew_in_each_epoch(launch: Launch) -> None:
         assert sorted(first[epoch] + second[epoch]) == list(range(24))
     assert first[0] != first[1]
     assert sorted(first[0]) != sorted(first[1])
-
-
-class Keep(BasePredictionWriter):
-    """Keeps what a writer of predictions is given."""
-
-    def __init__(self) -> None:
-        super().__init__(write_interval="epoch")
-        self.seen: Any = None
-
-    def write_on_epoch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Any, batch_indices: Any
-    ) -> None:
-        self.seen = predictions
 
 
 def test_replicas_predict_their_shares(launch: Launch) -> None:

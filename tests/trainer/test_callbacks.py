@@ -15,21 +15,17 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 
 from lightning_dgl import BlockSummary, DGLModule
-from tests.runs import Backpropagation, MakeTrainer, loader, make_module, same, sgd, small_cnn, weights
-
-
-def rates(module: DGLModule) -> list[float]:
-    return [optimizer.param_groups[0]["lr"] for optimizer in module.optimizers().optimizers]
-
-
-def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
-
-
-class BackpropagationWithSchedule(Backpropagation):
-    def configure_optimizers(self) -> Any:
-        optimizer = sgd(self.parameters())
-        return [optimizer], [cosine(optimizer)]
+from tests.runs import (
+    BackpropagationWithSchedule,
+    MakeTrainer,
+    cosine,
+    loader,
+    make_module,
+    same,
+    sgd,
+    small_cnn,
+    weights,
+)
 
 
 def test_hooks_see_gradients(make_trainer: MakeTrainer) -> None:

@@ -15,15 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_dgl import DGLModule
-from tests.runs import MakeTrainer, loader, make_module, sgd, step_lr
-
-
-def rates(module: DGLModule) -> list[float]:
-    return [optimizer.param_groups[0]["lr"] for optimizer in module.optimizers().optimizers]
-
-
-def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+from tests.runs import MakeTrainer, cosine, loader, make_module, rates, sgd, step_lr
 
 
 def test_schedulers_step_each_epoch_or_each_step(make_trainer: MakeTrainer) -> None:

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dgl import DGLModule, DGLStrategy
 from tests.runs import (
-    Backpropagation,
+    BackpropagationWithSchedule,
     MakeTrainer,
+    cosine,
     loader,
     make_module,
     pieces,
@@ -78,16 +79,6 @@ def test_accumulate_grad_batches_equals_the_plain_loop(num_samples: int, make_tr
     expected = plain_training(module, loader(num_samples), accumulate=2)
     make_trainer(accumulate_grad_batches=2).fit(module, loader(num_samples))
     assert same(weights(module.network), expected)
-
-
-def cosine(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
-
-
-class BackpropagationWithSchedule(Backpropagation):
-    def configure_optimizers(self) -> Any:
-        optimizer = sgd(self.parameters())
-        return [optimizer], [cosine(optimizer)]
 
 
 @pytest.mark.parametrize("trainer_args", [{}, {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}])
