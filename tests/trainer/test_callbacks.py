@@ -21,6 +21,7 @@ from tests.runs import (
     cosine,
     loader,
     make_module,
+    rates,
     same,
     sgd,
     small_cnn,
