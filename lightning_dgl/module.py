@@ -26,11 +26,12 @@ from lightning_dgl.checks import (
     number_of_classes,
 )
 from lightning_dgl.distributed import Stage, Token
+from lightning_dgl.evaluation import evaluate, predict
 from lightning_dgl.heads import HeadFactory, head_factory
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
-from lightning_dgl.metrics import BlockMetrics, EpochMetrics, add_vote, class_indices, ensemble, metric_collection
+from lightning_dgl.metrics import BlockMetrics, EpochMetrics, add_vote, ensemble, metric_collection
 from lightning_dgl.optim import BlockLRScheduler, BlockOptimizer, LRSchedulerFactory, OptimizerFactory, sgd
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Synchronous
@@ -338,36 +339,22 @@ class DGLModule(LightningModule):
         With blocks on several ranks, the last stage returns these scores; the others, what they send.
         """
         run = self.run
+        if isinstance(batch, (tuple, list)):
+            batch = batch[0]
         if run is None or not run.stage.is_split:
-            return self(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            return self(batch)
         address = current_address(self.trainer, batch_idx, dataloader_idx)
-        if isinstance(batch, Token):
-            (x,) = run.incoming.get(address)
-        else:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        for j in run.stage.blocks:
-            x = self.blocks[j](x)
-        run.outgoing.put(address, (x,))
-        return x
+        if not isinstance(batch, Token):
+            run.links[0].put(address, (batch,))
+        return predict(self, run, address)
 
     def _evaluate(self, phase: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         assert self.run is not None
-        run, votes = self.run, None
         address = current_address(self.trainer, batch_idx, dataloader_idx)
-        if isinstance(batch, Token):
-            x, targets, votes = run.incoming.get(address)
-            set_batch_size(self.trainer, len(x))
-        else:
-            x, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
-        metrics, classes = run.metrics.of(phase, dataloader_idx), class_indices(targets)
-        for j in run.stage.blocks:
-            x = self.blocks[j](x)
-            scores = self.score(j, x)
-            votes = add_vote(votes, j, scores)
-            metrics.update(j, self.local_loss(j, scores, targets), scores, classes)
-        assert votes is not None
-        metrics.update_ensemble(votes, classes)
-        run.outgoing.put(address, (x, targets, votes))
+        if not isinstance(batch, Token):
+            batch = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
+            self.run.links[0].put(address, batch)
+        set_batch_size(self.trainer, evaluate(self, self.run, phase, address))
 
     # What Lightning asks for
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +13,11 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.plugins import CheckpointIO, Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import Store
@@ -28,10 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgl._arguments import check_at_least, check_choice
+from lightning_dgl._arguments import check_at_least
 from lightning_dgl.checks import check_lengths, check_ranks, check_same, fingerprint
 from lightning_dgl.distributed import (
-    AGREED,
     DistributedStage,
     Groups,
     Process,
@@ -48,12 +44,8 @@ from lightning_dgl.distributed import (
     this_process,
 )
 from lightning_dgl.distributed.launcher import RankLauncher
-from lightning_dgl.lightning_internals import (
-    SubprocessScriptLauncher,
-    reduce_tensor,
-    set_predictions,
-    take_over,
-)
+from lightning_dgl.distributed.rank_strategy import RankStrategy, StartMethod
+from lightning_dgl.lightning_internals import SubprocessScriptLauncher, take_over
 from lightning_dgl.links import make_codecs
 from lightning_dgl.module import DGLModule
 from lightning_dgl.run import Run
@@ -61,7 +53,7 @@ from lightning_dgl.schedules import Schedule, Sequential, make_schedule
 from lightning_dgl.splitting import assign_blocks
 
 
-class DGLStrategy(ParallelStrategy):
+class DGLStrategy(RankStrategy):
     """Trains a :class:`~lightning_dgl.DGLModule` by decoupled greedy learning, on one or several devices.
 
     With ``Trainer(devices=S)`` each rank holds a stage, one or more consecutive blocks, balanced. It trains them on
@@ -106,7 +98,7 @@ class DGLStrategy(ParallelStrategy):
         data_parallel_size: int = 1,
         prefetch: int = 2,
         timeout: timedelta | float = default_pg_timeout,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        start_method: StartMethod = "popen",
         process_group_backend: str | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -115,80 +107,52 @@ class DGLStrategy(ParallelStrategy):
         precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(
+            data_parallel_size,
+            timeout,
+            start_method,
+            process_group_backend,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
+        check_at_least("prefetch", prefetch, 1)
         self.schedule = make_schedule(schedule)
         self.run: Run | None = None
         self._codec = codec
         make_codecs(codec, len(codec) if isinstance(codec, list) else 1)  # raises for what cannot be a codec
-        for name, value in (("data_parallel_size", data_parallel_size), ("prefetch", prefetch)):
-            check_at_least(name, value, 1)
-        check_choice("start_method", start_method, ("popen", "spawn", "fork", "forkserver"))
-        self._timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-        if self._timeout <= timedelta(0):
-            raise ValueError(f"timeout must be positive, got {timeout!r}.")
-        self.data_parallel_size = data_parallel_size
-        self.num_nodes = 1  # set by the Trainer
         self._prefetch = prefetch
-        self._start_method = start_method
-        self._process_group_backend = process_group_backend
         self._groups: Groups | None = None
-        self._predictions: list[tuple[int, Any]] = []
 
     # Ranks
 
     @property
     @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
+    def stage(self) -> Stage:
+        return Stage(range(0)) if self.run is None else self.run.stage
 
-    @property
-    def num_processes(self) -> int:
-        """How many ranks there are on each node."""
-        return len(self.parallel_devices or [])
+    def _assignment(self) -> list[range]:
+        """Return the blocks of each stage; auxiliary heads count."""
+        module = self._module
+        costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
+        return assign_blocks(costs, self.num_stages)
 
-    @property
-    def _num_ranks(self) -> int:
-        return self.num_processes * self.num_nodes
-
-    @property
-    def _num_stages(self) -> int:
-        return self._num_ranks // self.data_parallel_size
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether Lightning deals the data to replicas."""
-        return self.data_parallel_size > 1
-
-    @property
     @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.data_parallel_size, "rank": self.global_rank // self._num_stages}
+    def rank_names(self) -> list[str]:
+        if self.num_stages > self._module.num_blocks:
+            return super().rank_names()
+        stages = self._assignment() * self.data_parallel_size
+        return [f"{name} ({blocks_in_words(stages[rank])})" for rank, name in enumerate(super().rank_names())]
 
     @override
     def _configure_launcher(self) -> None:
-        if self._num_ranks % self.data_parallel_size:
+        if self.num_ranks > 1 and isinstance(self.schedule, Sequential):
             raise ValueError(
-                f"devices × num_nodes ({self.num_processes} × {self.num_nodes}) must be a multiple of "
-                f"data_parallel_size={self.data_parallel_size}: every replica has the same number of stages."
-            )
-        if self._num_ranks == 1:
-            return
-        if isinstance(self.schedule, Sequential):
-            raise ValueError(
-                f"Sequential trains one block at a time, so of {self._num_ranks} ranks all but one would idle. Pass "
+                f"Sequential trains one block at a time, so of {self.num_ranks} ranks all but one would idle. Pass "
                 "devices=1, or schedule='sync', which trains all blocks at once."
             )
-        assert self.cluster_environment is not None
-        if self._start_method == "popen":
-            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = RankLauncher(self, self._start_method, self.fail, self._name_of_process)
+        super()._configure_launcher()
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -204,22 +168,12 @@ class DGLStrategy(ParallelStrategy):
         assert isinstance(self.lightning_module, DGLModule)
         return self.lightning_module
 
-    @property
-    def _stage(self) -> Stage:
-        """Return the stage of this rank; outside of a run, one without other ranks."""
-        return Stage(range(0)) if self.run is None else self.run.stage
-
     # The start
 
     @override
     def setup_environment(self) -> None:
-        if self._num_ranks > 1:
-            assert self.cluster_environment is not None
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self._num_ranks)
-            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         super().setup_environment()
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             self._start_run(Stage(range(self._module.num_blocks)))
         else:
             self._connect_ranks()
@@ -233,29 +187,13 @@ class DGLStrategy(ParallelStrategy):
                 "or data_parallel_size=1."
             )
 
-    def _assignment(self) -> list[range]:
-        """Return the blocks of each stage; auxiliary heads count."""
-        module = self._module
-        costs = [flops + head for flops, head in zip(module.block_flops, [*module.head_flops, 0], strict=True)]
-        return assign_blocks(costs, self._num_stages)
-
-    def _rank_names(self) -> list[str]:
-        """Return the name of each rank in messages."""
-        if self._num_stages > self._module.num_blocks:
-            return [f"Rank {rank}" for rank in range(self._num_ranks)]
-        stages = self._assignment() * self.data_parallel_size
-        return [f"Rank {rank} ({blocks_in_words(blocks)})" for rank, blocks in enumerate(stages)]
-
-    def _name_of_process(self, local_rank: int) -> str:
-        return self._rank_names()[self.node_rank * self.num_processes + local_rank]
-
     def _connect_ranks(self) -> None:
         assert self.cluster_environment is not None
         device, schedule = self.root_device, self.schedule
         backend = init_ranks(self.cluster_environment, device, self._process_group_backend, self._timeout)
         processes = self._check_alike()
         if self._groups is None:
-            self._groups = Groups.make(self._num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
+            self._groups = Groups.make(self.num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
         store = dist.distributed_c10d._get_default_store()
         stage = DistributedStage(self._assignment(), self._groups, store.clone(), self._watchdog(store, processes))
         ends = open_wires(stage, device, self._prefetch, schedule.new_buffer(), schedule.may_read)
@@ -267,12 +205,12 @@ class DGLStrategy(ParallelStrategy):
         """Check that ranks were started alike, before any that differ wait for each other; return where they run."""
         mine = fingerprint(self._module, self._module.block_names, self.schedule, self._codec, self.data_parallel_size)
         everyones = exchange((mine, this_process()))
-        check_same([settings for settings, _ in everyones], self._rank_names())
-        if self._num_stages > self._module.num_blocks:
+        check_same([settings for settings, _ in everyones], self.rank_names())
+        if self.num_stages > self._module.num_blocks:
             raise ValueError(
-                f"There are more stages than blocks: {self._num_ranks} ranks / data_parallel_size="
-                f"{self.data_parallel_size} make {self._num_stages} stages, the module has {self._module.num_blocks} "
-                f"block(s). Pass num_blocks={self._num_stages} or more to DGLModule, or fewer devices."
+                f"There are more stages than blocks: {self.num_ranks} ranks / data_parallel_size="
+                f"{self.data_parallel_size} make {self.num_stages} stages, the module has {self._module.num_blocks} "
+                f"block(s). Pass num_blocks={self.num_stages} or more to DGLModule, or fewer devices."
             )
         return [process for _, process in everyones]
 
@@ -281,7 +219,7 @@ class DGLStrategy(ParallelStrategy):
         watchdog = Watchdog(
             store.clone(),
             self.global_rank,
-            self._rank_names(),
+            self.rank_names(),
             self._timeout.total_seconds(),
             # Only the first process of a node shows an error, unless Lightning passes on that of each.
             is_loud=self.local_rank == 0 or isinstance(launcher, RankLauncher),
@@ -295,12 +233,12 @@ class DGLStrategy(ParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         # Ranks that were not seeded, or did not all load the same weights, start from rank 0's.
         parts = (self._module.network, self._module.heads)
-        self._stage.broadcast((t for part in parts for t in (*part.parameters(), *part.buffers())), src=0)
+        self.stage.broadcast((t for part in parts for t in (*part.parameters(), *part.buffers())), src=0)
         super().setup(trainer)
 
     @override
     def model_to_device(self) -> None:
-        module, stage = self._module, self._stage
+        module, stage = self._module, self.stage
         for link in [] if self.run is None else self.run.links:
             if link.codec is not None:
                 link.codec.to(self.root_device)
@@ -320,10 +258,10 @@ class DGLStrategy(ParallelStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.data_parallel_size == 1 or self._module.trainer.state.fn != TrainerFn.FITTING:
             return model
-        assert isinstance(self._stage, DistributedStage)
-        module, blocks = self._module, self._stage.blocks
+        assert isinstance(self.stage, DistributedStage)
+        module, blocks = self._module, self.stage.blocks
         parts = [*(module.blocks[j] for j in blocks), *(module.heads[j] for j in blocks if j < len(module.heads))]
-        replica = Replica(module.training_step, parts, self._stage.watchdog.at_work)
+        replica = Replica(module.training_step, parts, self.stage.watchdog.at_work)
         if not any(p.requires_grad for p in replica.parameters()):
             return model
         device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
@@ -334,7 +272,7 @@ class DGLStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        stage = self._stage
+        stage = self.stage
         if not stage.is_open:
             return dataloader
         length = check_lengths(dataloader, stage.gather(sized_len(dataloader)))
@@ -353,15 +291,15 @@ class DGLStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         if not isinstance(self.model, DistributedDataParallel):
             return super().training_step(*args, **kwargs)
-        collective = self._stage.collective("to start a step with equal buffers")
+        collective = self.stage.collective("to start a step with equal buffers")
         with self.precision_plugin.train_step_context(), collective:
             return self.model(*args, **kwargs)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self._stage.is_replicated:
+        if not self.stage.is_replicated:
             return super().backward(closure_loss, *args, **kwargs)
-        with self._stage.collective("to average gradients"):
+        with self.stage.collective("to average gradients"):
             return super().backward(closure_loss, *args, **kwargs)
 
     @override
@@ -369,30 +307,13 @@ class DGLStrategy(ParallelStrategy):
         with self.precision_plugin.val_step_context():  # not through DistributedDataParallel
             return self._module.validation_step(*args, **kwargs)
 
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().predict_step(*args, **kwargs)
-        stage, trainer = self._stage, self._module.trainer
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        writes = any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
-        if not stage.is_split or not (trainer.predict_loop.return_predictions or writes):
-            return output
-        if stage.is_last:
-            dataloader_idx = kwargs.get("dataloader_idx", args[2] if len(args) > 2 else 0)
-            self._predictions.append((dataloader_idx, move_data_to_device(output, "cpu")))
-        if not trainer.predict_loop.batch_progress.is_last_batch:  # type: ignore[attr-defined]
-            return output
-        predictions, self._predictions = stage.from_last_stage(self._predictions), []
-        set_predictions(trainer, predictions[:-1])
-        return predictions[-1][1]
-
     # Checkpoints
 
     def sync_blocks(self) -> None:
         """Copy the weights of every block from the rank that trains it to all ranks; all ranks must call it."""
-        stage, module = self._stage, self._module
+        stage, module = self.stage, self._module
         # The process that has forked ranks has no run, and its weights are those from before training.
-        is_incomplete = stage.is_split or (self.run is None and self._num_ranks > 1)
+        is_incomplete = stage.is_split or (self.run is None and self.num_ranks > 1)
         if is_incomplete and module.trainer.state.status == TrainerStatus.INTERRUPTED:
             raise RuntimeError(
                 "No checkpoint can be saved after a failure: the blocks of other ranks are out of reach. Resume from "
@@ -409,7 +330,7 @@ class DGLStrategy(ParallelStrategy):
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = super().optimizer_state(optimizer)
-        stage = self._stage
+        stage = self.stage
         if len(stage.assignment) == 1:
             return state
         blocks: list[Any] = list(state["blocks"])
@@ -418,7 +339,7 @@ class DGLStrategy(ParallelStrategy):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        stage = self._stage
+        stage = self.stage
         if stage.is_split:  # the states of other blocks are for the ranks that hold those blocks
             states = [_without_states(state, keep=stage.blocks) for state in checkpoint["optimizer_states"]]
             checkpoint = {**checkpoint, "optimizer_states": states}
@@ -428,40 +349,9 @@ class DGLStrategy(ParallelStrategy):
     def on_train_end(self) -> None:
         self.sync_blocks()
 
-    # What Lightning asks of ranks in common
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        stage = self._stage
-        if not isinstance(stage, DistributedStage) or group is AGREED or not isinstance(tensor, Tensor):
-            return tensor
-        with stage.collective("to reduce a value"):
-            return reduce_tensor(tensor, group or stage.groups.everyone, reduce_op=reduce_op)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        stage = self._stage
-        if not isinstance(stage, DistributedStage):
-            return tensor
-        with stage.collective("to gather a value"):
-            return super().all_gather(tensor, group or stage.groups.everyone, sync_grads)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        self._stage.meet(f"at the barrier {name!r}")
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return self._stage.agree(obj, src)
-
     # The end
 
     @override
-    def on_exception(self, exception: BaseException) -> None:
-        self.fail(exception)
-        if self._launcher is not None:
-            self._launcher.kill(signal.SIGKILL)
-
     def fail(self, exception: BaseException) -> BaseException | None:
         """Tell the other ranks of ``exception`` and leave them.
 
