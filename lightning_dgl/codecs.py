@@ -1,4 +1,4 @@
-"""Codecs: make smaller what crosses a boundary between blocks, in the wire and in the replay buffer."""
+"""Codecs: compress what crosses a boundary between blocks, on the wire and in the replay buffer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_dgl._arguments import check_at_least
 from lightning_dgl.nearest_codes import nearest_codes, nearest_codes_compiled
 
 VERSION = 1
-"""Of messages; one of another version is refused."""
+"""Version of the message format; a message of another version is refused."""
 
 HEADER_BYTES = 512
-"""What says on the wire which batch a message is of, and how its tensors look."""
+"""Size of the header that precedes a message on the wire: its batch, and the dtypes and shapes of its tensors."""
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -53,18 +53,18 @@ class Message:
 
     @property
     def shape(self) -> torch.Size:
-        """Of what it decodes to."""
+        """Shape of the decoded tensor."""
         code_dim = 1 if self.codebook is None else self.codebook.shape[1]
         return torch.Size([self.codes.shape[0], self.codes.shape[1] * code_dim, *self.codes.shape[2:]])
 
     @property
     def ndim(self) -> int:
-        """Dimensions of what it decodes to."""
+        """Number of dimensions of the decoded tensor."""
         return self.codes.ndim
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the tensors."""
         return self.codes.device
 
     def __len__(self) -> int:
@@ -72,16 +72,16 @@ class Message:
         return len(self.codes)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Message:
-        """The message of what ``function`` makes of its tensors, such as copies on another device."""
+        """Return a message with ``function`` applied to the tensors, such as a copy to another device."""
         codebook = None if self.codebook is None else function(self.codebook)
         return replace(self, codes=function(self.codes), codebook=codebook)
 
     def to(self, *args: Any, **kwargs: Any) -> Message:
-        """A copy on another device, as ``Tensor.to`` makes."""
+        """Return a copy on another device, like ``Tensor.to``."""
         return self.map(lambda tensor: tensor.to(*args, **kwargs))
 
     def decode(self) -> Tensor:
-        """The tensor (N, C, ...), in ``dtype``, as near to the one that was encoded as the codec gets.
+        """Return the decoded tensor (N, C, ...), in ``dtype``.
 
         Raises:
             ValueError: for a message of another version.
@@ -103,31 +103,31 @@ class Message:
 
 
 Activation = Tensor | Message
-"""A block's output, as it is or as a codec made it."""
+"""A block's output, raw or encoded."""
 
 
 def tensors_of(items: Iterable[Activation]) -> list[Tensor]:
-    """The tensors, and those that messages hold."""
+    """Return the tensors, with those that messages hold."""
     return [tensor for item in items for tensor in (item.tensors if isinstance(item, Message) else (item,))]
 
 
 class Codec(nn.Module):
-    """What makes messages of a block's outputs; the base of all codecs."""
+    """The base of all codecs: turns a block's outputs into messages, and messages into tensors."""
 
     def update(self, x: Tensor) -> None:
-        """Learn from a block's output (N, C, ...), before it is encoded; here: nothing."""
+        """Learn from a block's output (N, C, ...) before it is encoded; the base learns nothing."""
 
     def encode(self, x: Tensor) -> Message:
-        """Make a message of a block's output (N, C, ...), floating-point."""
+        """Encode a block's output (N, C, ...), floating-point."""
         raise NotImplementedError
 
     def decode(self, message: Message) -> Tensor:
-        """The tensor (N, C, ...) that a message stands for."""
+        """Decode a message to a tensor (N, C, ...)."""
         return message.decode()
 
 
 class Half(Codec):
-    """Half precision (float16): half as many bytes as float32. Values beyond ±65504 become these."""
+    """Half precision (float16): half as many bytes as float32. Clamps values beyond ±65504."""
 
     @override
     def encode(self, x: Tensor) -> Message:
@@ -261,7 +261,7 @@ class VectorQuantizer(Codec):
     @override
     @torch.no_grad()
     def encode(self, x: Tensor) -> Message:
-        """The message of ``x`` (N, C, ...): for each vector the nearest code.
+        """Encode ``x`` (N, C, ...): for each vector the nearest code.
 
         Needs at most 8 MiB of memory (on an accelerator 128 MiB) besides ``x`` and the message.
 
@@ -281,7 +281,7 @@ class VectorQuantizer(Codec):
 
     @override
     def decode(self, message: Message) -> Tensor:
-        """The tensor (N, C, ...) that ``message`` stands for, in the dtype that was encoded.
+        """Decode ``message`` to a tensor (N, C, ...), in the dtype that was encoded.
 
         Raises:
             ValueError: if the message is of another version, or of other codes than this quantizer's.
@@ -306,17 +306,17 @@ class VectorQuantizer(Codec):
             )
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """For each codebook its groups, (N, groups, D, positions), without a copy where memory format allows."""
+        """Return the groups of each codebook, (N, groups, D, positions), without a copy where memory format allows."""
         positions = x[0, 0].numel()
         vectors = x.detach().reshape(len(x), x.shape[1], positions).view(len(x), -1, self.code_dim, positions)
         return vectors.chunk(self.num_codebooks, dim=1)
 
     def _rows(self, codebook: int, of: Tensor) -> Tensor:
-        """What ``of``, the codes or their counts or sums, holds for one codebook."""
+        """Return the part of ``of`` (codes, counts or sums) that belongs to one codebook."""
         return of[codebook * self.num_codes : (codebook + 1) * self.num_codes]
 
     def _sample(self, vectors: Tensor, generator: torch.Generator) -> Tensor:
-        """Of vectors (N, groups, D, positions) some at random places, (M, D), float32; all if there are few."""
+        """Draw some of the vectors (N, groups, D, positions) at random, (M, D), float32; all if there are few."""
         num_vectors = vectors.numel() // self.code_dim
         wanted = max(min(64 * self.num_codes, 65536) // self.num_codebooks, 8 * self.num_codes)
         if num_vectors <= wanted:
@@ -368,7 +368,7 @@ class VectorQuantizer(Codec):
 
 
 def _draw(weights: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Indices drawn with probabilities proportional to ``weights``; from all alike if those are zero."""
+    """Draw indices with probabilities proportional to ``weights``; uniformly if those are zero."""
     total = weights.sum()
     weights = weights / total if total > 0 else torch.ones_like(weights)
     return torch.multinomial(weights, number, replacement=True, generator=generator)

@@ -182,11 +182,11 @@ class BlockLRScheduler:
         return [rate for scheduler in self.schedulers for rate in scheduler.get_last_lr()]  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"blocks": [...]}`` with every block's own state."""
+        """Return ``{"blocks": [...]}``, with the state of every block."""
         return {"blocks": [scheduler.state_dict() for scheduler in self.schedulers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; ValueError if it is of another number of blocks."""
+        """Restore what :meth:`state_dict` returned; raise ValueError for another number of blocks."""
         states = _states_of_blocks(state_dict, len(self.schedulers), "learning-rate scheduler")
         for scheduler, state in zip(self.schedulers, states, strict=True):
             scheduler.load_state_dict(state)
@@ -237,11 +237,11 @@ class BlockGradScaler:
         """Do nothing: each scaler was updated in its own step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"blocks": [...]}`` with every block's own state."""
+        """Return ``{"blocks": [...]}``, with the state of every block."""
         return {"blocks": [scaler.state_dict() for scaler in self.scalers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; ValueError if it is of another number of blocks."""
+        """Restore what :meth:`state_dict` returned; raise ValueError for another number of blocks."""
         for scaler, state in zip(
             self.scalers, _states_of_blocks(state_dict, len(self.scalers), "gradient scaler"), strict=True
         ):

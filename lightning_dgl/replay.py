@@ -31,7 +31,7 @@ class Entry:
 
 @dataclass
 class Reads:
-    """What has been read from a replay buffer since this was last asked for.
+    """What was read from a replay buffer since the last report.
 
     Attributes:
         count: how many batches were read.
@@ -96,7 +96,7 @@ class ReplayBuffer:
         self._reads = Reads()
 
     def __len__(self) -> int:
-        """How many batches there are."""
+        """Return the number of batches."""
         return len(self._entries)
 
     @property
@@ -151,7 +151,7 @@ class ReplayBuffer:
             self._oldest = (self._oldest + 1) % self.capacity
 
     def get(self, *, beyond_max_reuse: bool = False) -> tuple[Any, Tensor]:
-        """The most recent of the least used batches, ``(activation, targets)``, on the device that it came from.
+        """Return the most recent of the least used batches, ``(activation, targets)``, on the device that it came from.
 
         Args:
             beyond_max_reuse: read one even if all were read ``max_reuse`` times.
@@ -186,12 +186,12 @@ class ReplayBuffer:
         self._oldest = 0
 
     def take_reads(self) -> Reads:
-        """What was read since the last call."""
+        """Return what was read since the last call."""
         reads, self._reads = self._reads, Reads()
         return reads
 
     def _in_order(self) -> list[Entry]:
-        """Oldest first."""
+        """Return the entries, oldest first."""
         return self._entries[self._oldest :] + self._entries[: self._oldest]
 
     def _stored(self, tensor: Tensor) -> Tensor:
