@@ -116,14 +116,17 @@ def wait_until(job: Job, condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_rank_takes_as_many_steps_and_ends_with_the_same_network(devices: int, job: Job) -> None:
     start(job, devices, Asynchronous(), max_epochs=2)
     assert_all_agree(job.wait())
     assert [end["updates"] for end in ends(job)] == [[2 * BATCHES] * len(blocks) for blocks in BLOCKS[devices]]
 
 
-@pytest.mark.parametrize("stopped", [0, 1, 2])
+@pytest.mark.parametrize(
+    "stopped",
+    [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)],  # 1 has both neighbours
+)
 def test_while_one_rank_is_stopped_the_others_go_on(stopped: int, job: Job) -> None:
     start(job, 3, Asynchronous(buffer_size=4, max_lead=25), seconds=0.005)
     wait_until(job, lambda: steps(job, stopped) >= 10, f"step 10 of rank {stopped}")

@@ -52,8 +52,14 @@ class Best(L.Callback):
         self.seen = Path(keep.best_model_path).name, keep.best_model_score
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("settings", ["32-true", "16-mixed"])
+@pytest.mark.parametrize(
+    ("num_ranks", "settings"),
+    [
+        *((3, "32-true"), (2, "16-mixed")),
+        pytest.param(2, "32-true", marks=pytest.mark.slow),
+        pytest.param(3, "16-mixed", marks=pytest.mark.slow),
+    ],
+)
 def test_checkpoints_hold_what_one_process_saves(num_ranks: int, settings: str, launch: Launch) -> None:
     def run(num_ranks: int) -> Run:
         keep = ModelCheckpoint(monitor="val/acc", mode="max", save_top_k=1, save_last=True)
@@ -64,7 +70,7 @@ def test_checkpoints_hold_what_one_process_saves(num_ranks: int, settings: str, 
             fit(trainer, module, (loader(38, shuffle=True), loader(20)))
 
         callbacks = [keep, Best(), EarlyStopping("val/loss", patience=10)]
-        return launch(num_ranks, act, callbacks=callbacks, max_epochs=4, enable_checkpointing=True, **kwargs)
+        return launch(num_ranks, act, callbacks=callbacks, max_epochs=3, enable_checkpointing=True, **kwargs)
 
     one, several = run(1), run(num_ranks)
     assert len(one.checkpoints) == 2
@@ -86,7 +92,8 @@ def test_checkpoints_hold_what_one_process_saves(num_ranks: int, settings: str, 
 @pytest.mark.parametrize(
     ("saved_on", "resumed_on", "settings"),
     [
-        *((1, 3, "32-true"), (3, 1, "32-true"), (4, 2, "16-mixed")),
+        *((1, 3, "32-true"), (4, 2, "16-mixed")),
+        pytest.param(3, 1, "32-true", marks=pytest.mark.slow),
         pytest.param(2, 3, "32-true", marks=pytest.mark.slow),
         pytest.param(1, 3, "16-mixed", marks=pytest.mark.slow),
     ],

@@ -12,8 +12,14 @@ from tests.distributed.ranks import Keep, Launch, Notes, Run, assert_same_outcom
 from tests.runs import differences, loader
 
 
-@pytest.mark.parametrize("verb", ["validate", "test"])
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("num_ranks", "verb"),
+    [
+        *((2, "test"), (3, "validate")),
+        pytest.param(2, "validate", marks=pytest.mark.slow),
+        pytest.param(3, "test", marks=pytest.mark.slow),
+    ],
+)
 def test_evaluation_returns_what_one_process_returns(verb: str, num_ranks: int, launch: Launch) -> None:
     phase = "val" if verb == "validate" else "test"
 
@@ -35,7 +41,7 @@ def test_evaluation_returns_what_one_process_returns(verb: str, num_ranks: int, 
         assert_same_outcome(several, one)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_rank_has_all_predictions(num_ranks: int, launch: Launch) -> None:
     def run(num_ranks: int, data: Any) -> list[Notes]:
         def act(trainer: L.Trainer) -> None:

@@ -57,7 +57,10 @@ def test_ranks_started_by_slurm(job: Job, in_one_process: str) -> None:
     assert_same_weights(job.wait(), [in_one_process] * 2)
 
 
-@pytest.mark.parametrize(("devices", "num_nodes"), [(3, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("devices", "num_nodes"),
+    [(2, 2), pytest.param(3, 1, marks=pytest.mark.slow), pytest.param(1, 3, marks=pytest.mark.slow)],
+)
 def test_ranks_started_by_hand(devices: int, num_nodes: int, job: Job, in_one_process: str) -> None:
     num_ranks = devices * num_nodes
     job.start_ranks(train, by_hand(num_ranks, num_nodes), devices=devices, num_nodes=num_nodes)

@@ -33,8 +33,15 @@ class BytesSent(L.Callback):
         self.seen = bytes_sent(trainer)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("num_ranks", "codec"),
+    [
+        *((2, "half"), (3, "quantizer"), (3, "one for each boundary")),
+        pytest.param(3, "half", marks=pytest.mark.slow),
+        pytest.param(2, "quantizer", marks=pytest.mark.slow),
+        pytest.param(2, "one for each boundary", marks=pytest.mark.slow),
+    ],
+)
 def test_codecs_do_the_same_on_any_number_of_ranks(codec: str, num_ranks: int, launch: Launch) -> None:
     def run(num_ranks: int) -> Run:
         keep = ModelCheckpoint(save_last=True)
@@ -85,8 +92,14 @@ class Pace(L.Callback):
             self.seen.append(int(self.started[0] - self.started[rank]))
 
 
-@pytest.mark.parametrize("prefetch", [1, 4])
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("num_ranks", "prefetch"),
+    [
+        *((2, 4), (3, 1)),
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(3, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stage_runs_ahead_of_the_next_by_a_bounded_number_of_batches(
     num_ranks: int, prefetch: int, launch: Launch
 ) -> None:

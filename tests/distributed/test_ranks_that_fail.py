@@ -165,7 +165,12 @@ def test_rank_0_that_is_killed(job: Job, undisturbed: tuple[Job, Outcome]) -> No
 
 
 @pytest.mark.parametrize(
-    ("how", "devices", "rank"), [("hand", 2, 0), ("hand", 3, 1), pytest.param("fork", 2, 1, marks=pytest.mark.slow)]
+    ("how", "devices", "rank"),
+    [
+        ("hand", 2, 0),
+        pytest.param("hand", 3, 1, marks=pytest.mark.slow),
+        pytest.param("fork", 2, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_rank_that_hangs_is_found_and_shown_with_what_it_does(
     how: str, devices: int, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
@@ -221,6 +226,7 @@ def test_error_in_another_replica(job: Job) -> None:
     assert outcome.outputs[0].count("ZeroDivisionError: the culprit\n") == 1
 
 
+@pytest.mark.slow
 def test_rank_of_another_replica_that_is_killed(job: Job) -> None:
     start(job, "hand", 4, fault="kill", on=2, data_parallel_size=2)
     outcome = job.wait()
@@ -254,7 +260,7 @@ def test_interrupt_ends_every_rank(kill: Callable[[int, int], None], job: Job) -
     assert "Detected KeyboardInterrupt" in outcome.output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_rank_that_is_told_to_terminate_ends_every_rank(rank: int, job: Job) -> None:
     # As if on two nodes, as each node's first rank says what has happened.
     job.start_ranks(train, by_hand(2, num_nodes=2), devices=1, num_nodes=2, fault="terminate", on=rank)
@@ -270,7 +276,7 @@ def test_rank_that_is_told_to_terminate_ends_every_rank(rank: int, job: Job) -> 
 # Ranks that do not do the same
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_training_stopped_on_one_rank_only_is_an_error(rank: int, job: Job, undisturbed: tuple[Job, Outcome]) -> None:
     start(job, "hand", 2, fault="stop training", on=rank)
     outcome = job.wait()
@@ -296,7 +302,7 @@ def test_torchrun_restarts_a_crashed_job_which_goes_on_from_its_last_checkpoint(
     assert outcome.weights == undisturbed[1].weights * 2, str(outcome)
 
 
-@pytest.mark.parametrize(("how", "rank"), [("fork", 0), ("hand", 1)])
+@pytest.mark.parametrize(("how", "rank"), [pytest.param("fork", 0, marks=pytest.mark.slow), ("hand", 1)])
 def test_saving_a_checkpoint_after_a_failure_is_refused(
     how: str, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:

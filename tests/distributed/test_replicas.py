@@ -76,7 +76,7 @@ class DealtData(L.LightningDataModule):
         return loader(32, self.batch_size)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4, 6])
+@pytest.mark.parametrize("num_ranks", [2, 4, pytest.param(6, marks=pytest.mark.slow)])
 def test_replicas_equal_one_process_with_the_joint_batch(num_ranks: int, launch: Launch) -> None:
     def run(num_ranks: int, batch_size: int) -> Run:
         def act(trainer: L.Trainer) -> DGLModule:
@@ -177,7 +177,7 @@ class SpoiltOnOneReplica(DGLModule):
         return loss * float("nan") if is_second and spoilt else loss
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_replica_may_skip_what_the_others_do_not(num_ranks: int, launch: Launch) -> None:
     def act(trainer: L.Trainer) -> DGLModule:
         return fit(trainer, make_plain_module(SpoiltOnOneReplica, on_nonfinite="skip"), (loader(48, 4), loader(16, 4)))

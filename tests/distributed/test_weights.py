@@ -29,7 +29,7 @@ NAMES = {
 } | {"val/acc_ensemble"}
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_weights_and_metrics_do_not_depend_on_the_number_of_ranks(num_ranks: int, launch: Launch) -> None:
     def run(num_ranks: int) -> Run:
         return launch(

@@ -1,6 +1,6 @@
 """torchvision's classification models at K = 4: the blocks are the network, bit for bit.
 
-One model of each family by default; ``pytest tests/splitting/test_torchvision_models.py --all-models`` takes all.
+One of each family, some of them slow; ``pytest tests/splitting/test_torchvision_models.py --all-models`` takes all.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from lightning_dgl import split
 from tests.splitting.networks import assert_equivalent, assert_same
 
 ONE_PER_FAMILY = [
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet"),
-    *("mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"),
-    *("swin_t", "vgg11_bn", "vit_b_16"),
+    *("efficientnet_b0", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "resnet18"),
+    *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "vit_b_16"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("alexnet", "convnext_tiny", "densenet121", "regnet_y_400mf", "vgg11_bn")
+    ),
 ]
 
 
