@@ -23,12 +23,16 @@ def assert_same_weights(outcome: Outcome, expected: list[str]) -> None:
     assert outcome.weights == expected, str(outcome)
 
 
+@pytest.mark.slow  # test_a_script_with_one_trainer_after_another starts ranks so, too
 def test_ranks_started_by_running_the_script_again(job: Job, in_one_process: str) -> None:
     job.start_script(start_method="popen")
     assert_same_weights(job.wait(), [in_one_process] * 2)
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "start_method",  # "fork" is what most tests of several ranks use
+    ["spawn", pytest.param("fork", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)],
+)
 def test_ranks_started_by_multiprocessing(start_method: str, job: Job, in_one_process: str) -> None:
     job.start(train, start_method=start_method)
     # The process that has called the Trainer, which is none of the ranks, ends with what they have learnt.

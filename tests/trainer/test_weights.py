@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_dgl import DGLModule, DGLStrategy
+from tests.distributed.jobs import Job, by_hand
 from tests.runs import (
     BackpropagationWithSchedule,
     MakeTrainer,
@@ -134,14 +132,10 @@ def train_on_ranks(devices: int, folder: str) -> None:
 
 
 def test_two_ddp_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        f"from tests.trainer.test_weights import train_on_ranks\n\ntrain_on_ranks(2, {str(tmp_path)!r})\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    with Job(tmp_path) as job:
+        job.start_ranks(train_on_ranks, by_hand(2), devices=2, folder=str(tmp_path))
+        outcome = job.wait()
+    assert outcome.codes == [0, 0], str(outcome)
     train_on_ranks(1, str(tmp_path))
     one, rank0, rank1 = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert same(rank0["weights"], rank1["weights"])
