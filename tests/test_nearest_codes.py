@@ -58,8 +58,14 @@ def test_codes_are_the_nearest(num_codes: int, code_dim: int, shape: tuple[int, 
 
 
 @needs_compiler
-@pytest.mark.parametrize(("num_codes", "code_dim"), [(256, 8), (300, 4)])
-@pytest.mark.parametrize("offset", [0, 1000])  # far from zero, scores differ in their lowest bits only
+@pytest.mark.parametrize(
+    ("num_codes", "code_dim", "offset"),
+    [
+        *((256, 8, 0), (300, 4, 1000)),  # far from zero, scores differ in their lowest bits only
+        pytest.param(256, 8, 1000, marks=pytest.mark.slow),
+        pytest.param(300, 4, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_search_finds_codes_as_near(num_codes: int, code_dim: int, offset: float) -> None:
     quantizer = VectorQuantizer(num_codes, code_dim)
     compiled = VectorQuantizer(num_codes, code_dim, compile=True)

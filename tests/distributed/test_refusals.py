@@ -153,7 +153,13 @@ def attempt(case: str) -> None:
     print("done")
 
 
-@pytest.mark.parametrize("case", REFUSED)
+ALIKE = ("another number of blocks", "too few blocks on one rank", "another schedule")
+"""Cases that are found as others are."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in ALIKE else case for case in REFUSED]
+)
 def test_what_cannot_work_is_refused_on_every_rank(case: str, job: Job) -> None:
     job.start_ranks(attempt, by_hand(2, num_nodes=2), case=case)
     outcome = job.wait()
