@@ -125,3 +125,17 @@ def test_mixed_precision(backend: Backend, make_trainer: Callable[..., L.Trainer
         make_trainer(max_epochs=1, precision="bf16-mixed").fit(module, loader())
     for name, weight in plain.state_dict().items():
         assert torch.equal(compiled.state_dict()[name], weight), name
+
+
+def test_sizes_of_other_blocks_make_no_size_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    sizes: list[list[Any]] = []
+
+    def record(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        sizes.append([value for value in example_inputs if isinstance(value, torch.SymInt)])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=record))
+    module = module_of(small_cnn(), ["2", "6", "10"], compile=True).eval()
+    module.block_scores(torch.randn(4, 3, 8, 8))  # blocks and heads see 8×8 and 4×4, with 3 to 16 channels
+    assert sizes == [[]] * 7

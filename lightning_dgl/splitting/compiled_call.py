@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import count
 from types import FunctionType
 from typing import Any
 
 import torch
+
+_numbers = count()
 
 
 class CompiledCall:
@@ -25,8 +28,9 @@ class CompiledCall:
     def _compiled(self) -> Callable[..., Any]:
         # torch keeps at most eight graphs for one piece of code, and all blocks, and all heads of a class, run the same
         # code. A copied function has code of its own, and with it eight graphs of its own. (From torch 2.13 on,
-        # torch.compile(..., isolate_recompiles=True) does the same.)
-        return torch.compile(FunctionType(_call.__code__.replace(), globals()))
+        # torch.compile(..., isolate_recompiles=True) does the same.) A name of its own, too: by it torch remembers
+        # which sizes have varied, and would compile a block for any size because another block's differs.
+        return torch.compile(FunctionType(_call.__code__.replace(co_name=f"_call_{next(_numbers)}"), globals()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
