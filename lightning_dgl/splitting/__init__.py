@@ -14,7 +14,7 @@ from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.example_batch import example_batch
 from lightning_dgl.splitting.meta_twin import output_shape
-from lightning_dgl.splitting.network_state import in_mode, preserved_state
+from lightning_dgl.splitting.network_state import in_mode, preserved_state, seed_accelerator
 from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "in_mode",
     "output_shape",
     "preserved_state",
+    "seed_accelerator",
     "split",
     "split_network",
 ]

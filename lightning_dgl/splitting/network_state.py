@@ -25,12 +25,31 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
 def preserved_state(network: nn.Module) -> Iterator[None]:
     """Undo what running the network does to its buffers (BatchNorm statistics) and to the random generators."""
     saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    devices = {tensor.device for tensor in (*network.parameters(), *network.buffers())}
-    cuda = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
+    generators = [(device, torch.get_device_module(device).get_rng_state(device)) for device in _accelerators(network)]
+    with torch.random.fork_rng(devices=[]):
         try:
             yield
         finally:
+            for device, state in generators:
+                torch.get_device_module(device).set_rng_state(state, device)
             with torch.no_grad():
                 for buffer, value in saved:
                     buffer.copy_(value)
+
+
+def seed_generators(network: nn.Module, seed: int) -> None:
+    """Seed the default generators that :func:`preserved_state` restores; all others keep the user's seed."""
+    torch.default_generator.manual_seed(seed)
+    for device in _accelerators(network):
+        seed_accelerator(device, seed)
+
+
+def seed_accelerator(device: torch.device, seed: int) -> None:
+    """Seed the default generator of one accelerator, as ``torch.manual_seed`` does that of every one."""
+    state = torch.Generator(device).manual_seed(seed).get_state()
+    torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _accelerators(network: nn.Module) -> set[torch.device]:
+    devices = {tensor.device for tensor in (*network.parameters(), *network.buffers())}
+    return {device for device in devices if device.type not in ("cpu", "meta")}

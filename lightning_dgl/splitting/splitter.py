@@ -17,7 +17,7 @@ from lightning_dgl.splitting.costs import HeadFactory, count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.example_batch import example_batch
-from lightning_dgl.splitting.network_state import in_mode, preserved_state
+from lightning_dgl.splitting.network_state import in_mode, preserved_state, seed_generators
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def _check_blocks(
     for mode, batch in ((True, data), (False, torch.cat([data, data[:1]]))):
         with in_mode(network, mode), torch.no_grad():
             with preserved_state(network):
-                torch.manual_seed(0)
+                seed_generators(network, 0)
                 expected = network(batch.clone())
             with preserved_state(network):
-                torch.manual_seed(0)
+                seed_generators(network, 0)
                 outputs: list[tuple[Any, int]] = []
                 x: Any = batch.clone()
                 for j, block in enumerate(blocks):

@@ -174,3 +174,12 @@ def test_an_alias_names_the_same_cut(x: Tensor) -> None:
     for name in ("0.0", "0.0.2"):
         blocks = split(network, split_at=[name], example_input=x)
         assert len(blocks[0].state_dict()) == len(network[0][0].state_dict())
+
+
+def test_splitting_seeds_no_accelerator_that_the_network_is_not_on(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(1234)
+    split(small_cnn(dropout=0.5), num_blocks=2, example_input=x)
+    assert seeds == [1234]
+    assert torch.initial_seed() == 1234
