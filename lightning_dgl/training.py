@@ -27,7 +27,7 @@ from lightning_dgl.address import Address
 from lightning_dgl.lightning_internals import set_batch_size
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.run import Run
-from lightning_dgl.splitting import in_mode
+from lightning_dgl.splitting import in_mode, seed_accelerator
 
 Gradients = list[Tensor | None]
 
@@ -323,10 +323,14 @@ class RandomStreams:
             return
         outside = get_random_state(device)
         state = self._states[block]
-        if state is None:
+        # At the first use; on an accelerator also at the first use after a checkpoint that was saved without one.
+        if state is None or device.type not in state:
             assert self.seed is not None
-            torch.manual_seed((self.seed + block) % 2**63)
-        else:
+            seed = (self.seed + block) % 2**63
+            torch.default_generator.manual_seed(seed)
+            if device.type != "cpu":
+                seed_accelerator(device, seed)
+        if state is not None:
             set_random_state(state, device)
         try:
             yield

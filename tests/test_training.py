@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +115,37 @@ def test_streams_leave_the_default_generator_alone_and_resume() -> None:
             drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
     assert streams[0] is None
+
+
+def test_streams_of_a_checkpoint_without_an_accelerator_differ_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, device = torch.Generator().manual_seed(0), torch.device("cuda")
+    stand_in = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: stand_in)
+    monkeypatch.setattr("lightning_dgl.training.seed_accelerator", lambda device, seed: generator.manual_seed(seed))
+    saved = RandomStreams(3)
+    saved.seed = 3
+    for block in (1, 2):
+        with saved.of(block, CPU):
+            torch.rand(7)
+    resumed = RandomStreams(3)
+    resumed.seed = 3
+    resumed.load([saved[block] for block in range(3)])
+    drawn = []
+    for block in (1, 2, 1, 2):
+        with resumed.of(block, device):
+            drawn.append((torch.rand(3), torch.rand(3, generator=generator)))
+    for i, (on_cpu, on_device) in enumerate(drawn):
+        with saved.of(i % 2 + 1, CPU):
+            assert torch.equal(on_cpu, torch.rand(3))
+        assert not any(torch.equal(on_device, other) for _, other in drawn[:i])
+    assert generator.initial_seed() == 0
+
+
+def test_streams_seed_no_other_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    streams = RandomStreams(2)
+    streams.seed = 3
+    with streams.of(1, CPU):
+        pass
+    assert seeds == []
