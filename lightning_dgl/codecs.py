@@ -133,7 +133,8 @@ class Half(Codec):
     def encode(self, x: Tensor) -> Message:
         _check_float(x)
         largest = torch.finfo(torch.float16).max
-        return Message(x.detach().clamp(-largest, largest).to(torch.float16), None, x.dtype)
+        # Clamped after the conversion: bfloat16 has no 65504, it would round the bound up to what becomes infinite.
+        return Message(x.detach().to(torch.float16).clamp(-largest, largest), None, x.dtype)
 
 
 class VectorQuantizer(Codec):

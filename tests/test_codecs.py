@@ -153,6 +153,15 @@ def test_half_precision() -> None:
     assert Half().encode(x.bfloat16()).decode().dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_half_precision_makes_large_values_the_largest_that_it_has(dtype: torch.dtype) -> None:
+    x = torch.tensor([[65000.0, 65519.0, 1e6, -1e6, math.inf, -math.inf, math.nan]], dtype=dtype)
+    codes = Half().encode(x).codes
+    assert codes[0, 1:-1].tolist() == [65504.0, 65504.0, -65504.0, 65504.0, -65504.0]
+    assert codes[0, 0] == x[0, 0].clamp(max=65504).half()
+    assert codes[0, -1].isnan()
+
+
 # Bad input
 
 
