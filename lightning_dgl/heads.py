@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 SpatialSize = int | tuple[int, int]
 
@@ -28,6 +30,37 @@ def _fully_connected(features: int, num_layers: int) -> list[nn.Module]:
 def _quarter(spatial_size: SpatialSize) -> tuple[int, int]:
     height, width = spatial_size if isinstance(spatial_size, tuple) else (spatial_size, spatial_size)
     return math.ceil(height / 4), math.ceil(width / 4)
+
+
+class _AveragePool(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d`` whose gradients on an accelerator are the same in every run.
+
+    There the original adds gradients up in any order, and refuses to if ``Trainer(deterministic=True)``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type in ("cpu", "meta"):
+            return super().forward(x)
+        size = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, self.output_size)
+        return _average_parts(x, size)  # type: ignore[arg-type]  # no None here
+
+
+def _average_parts(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average (N, C, H, W) over the parts of a grid of ``size``; equals adaptive pooling up to rounding."""
+    (height, width), (rows, columns) = x.shape[2:], size
+    if height % rows == 0 and width % columns == 0:
+        return F.avg_pool2d(x, (height // rows, width // columns))
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (_shares(rows, height, wide) @ (wide @ _shares(columns, width, wide).T)).to(x.dtype)
+
+
+def _shares(parts: int, length: int, like: Tensor) -> Tensor:
+    """Return the share (parts, length) that each of ``length`` values has in the mean of each part."""
+    place = torch.arange(length, device=like.device)
+    part = torch.arange(parts, device=like.device)[:, None]
+    inside = (place >= part * length // parts) & (place * parts < (part + 1) * length)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
 class _Head(nn.Module):
@@ -60,7 +93,7 @@ class LinearHead(_Head):
     """
 
     def __init__(self, channels: int, spatial_size: SpatialSize, num_classes: int) -> None:
-        super().__init__(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, num_classes))
+        super().__init__(_AveragePool(2), nn.Flatten(), nn.Linear(4 * channels, num_classes))
 
 
 class MLPHead(_Head):
@@ -83,8 +116,8 @@ class MLPHead(_Head):
 
     def __init__(self, channels: int, spatial_size: SpatialSize, num_classes: int) -> None:
         super().__init__(
-            nn.AdaptiveAvgPool2d(_quarter(spatial_size)),
-            nn.AdaptiveAvgPool2d(2),
+            _AveragePool(_quarter(spatial_size)),
+            _AveragePool(2),
             nn.Flatten(),
             *_fully_connected(4 * channels, 3),
             nn.Linear(4 * channels, num_classes),
@@ -111,9 +144,9 @@ class MLPSRHead(_Head):
 
     def __init__(self, channels: int, spatial_size: SpatialSize, num_classes: int) -> None:
         super().__init__(
-            nn.AdaptiveAvgPool2d(_quarter(spatial_size)),
+            _AveragePool(_quarter(spatial_size)),
             *(layer for _ in range(3) for layer in _conv(channels, kernel_size=1)),
-            nn.AdaptiveAvgPool2d(2),
+            _AveragePool(2),
             nn.Flatten(),
             *_fully_connected(4 * channels, 3),
             nn.Linear(4 * channels, num_classes),
@@ -141,7 +174,7 @@ class CNNHead(_Head):
     def __init__(self, channels: int, spatial_size: SpatialSize, num_classes: int) -> None:
         super().__init__(
             *(layer for _ in range(2) for layer in _conv(channels, kernel_size=3)),
-            nn.AdaptiveAvgPool2d(2),
+            _AveragePool(2),
             nn.BatchNorm2d(channels),
             nn.Flatten(),
             nn.Linear(4 * channels, num_classes),

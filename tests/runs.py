@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, StepLR
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dgl import DGLModule
@@ -246,3 +247,18 @@ def assert_equal(module: DGLModule, blocks: list[nn.Module], heads: list[nn.Modu
     for head, want_head in zip(module.heads, heads, strict=False):
         for name, want in want_head.state_dict().items():
             assert torch.equal(head.state_dict()[name], want), name
+
+
+# What PyTorch is asked to do
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))

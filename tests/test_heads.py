@@ -7,10 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_dgl import CNNHead, DGLModule, LinearHead, MLPHead, MLPSRHead
-from lightning_dgl.heads import HEADS, HeadFactory
-from tests.runs import small_cnn
+from lightning_dgl.heads import HEADS, HeadFactory, _average_parts
+from tests.runs import Operations, small_cnn
 
 
 @pytest.mark.parametrize("head", HEADS.values())
@@ -27,6 +28,36 @@ def test_every_shape_gives_class_scores_and_gradients(
     scores.square().sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
     assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (3, 3), (7, 5), (4, 9), (56, 2), (197, 1)])
+@pytest.mark.parametrize("parts", [(2, 2), (4, 4), (14, 14), (50, 1)])
+def test_pooling_for_accelerators_equals_adaptive_pooling(size: tuple[int, int], parts: tuple[int, int]) -> None:
+    given = torch.randn(3, 4, *size, dtype=torch.float64)
+    outcomes = []
+    for pool in (nn.AdaptiveAvgPool2d(parts), lambda x: _average_parts(x, parts)):
+        x = given.clone().requires_grad_()
+        pooled = pool(x)
+        (pooled * torch.linspace(-1, 1, pooled.numel()).view_as(pooled)).sum().backward()
+        outcomes.append((pooled.detach(), x.grad))
+    torch.testing.assert_close(outcomes[1], outcomes[0])
+
+
+def test_pooling_for_accelerators_keeps_the_dtype() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.full((2, 3, 7, 7), 60000.0, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled = _average_parts(x, (2, 2))
+        assert pooled.dtype == dtype
+        torch.testing.assert_close(pooled, x[..., :2, :2])
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_head_pools_adaptively_on_cuda_where_that_is_not_deterministic(head: str, device: str) -> None:
+    with FakeTensorMode(), Operations() as operations, torch.device(device):
+        HEADS[head](16, 7, 10)(torch.randn(4, 16, 7, 7))
+    assert ("aten::_adaptive_avg_pool2d" in operations.names) is (device == "cpu")
 
 
 def parameters(module: nn.Module) -> int:
