@@ -5,9 +5,74 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
-from torchmetrics import Accuracy, MeanMetric, Metric, MetricCollection
+from torchmetrics import Accuracy, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+
+class _Ratio(Metric):
+    """A ratio of two sums. Unlike the metrics of torchmetrics, it never waits for the device to look at values."""
+
+    full_state_update = False
+    numerator: Tensor
+    denominator: Tensor
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.add_state("numerator", zero, dist_reduce_fx="sum")
+        self.add_state("denominator", zero.clone(), dist_reduce_fx="sum")
+
+
+class MeanLoss(_Ratio):
+    """The mean of local losses, weighted by the number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.tensor(0.0))
+
+    @override
+    def update(self, loss: Tensor, num_samples: int) -> None:
+        """Take in the loss of one batch, a scalar."""
+        self.numerator += loss.to(self.numerator.dtype) * num_samples
+        self.denominator += num_samples
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the mean over all samples."""
+        return self.numerator / self.denominator
+
+
+class Top1Accuracy(_Ratio):
+    """The share of samples whose highest score is that of their class.
+
+    Args:
+        ignore_index: a class whose samples do not count.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+
+    def __init__(self, ignore_index: int | None) -> None:
+        super().__init__(torch.tensor(0))
+        self._ignore_index = ignore_index
+
+    @override
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Take in class scores (N, classes) and class indices (N,) of one batch."""
+        right = scores.argmax(dim=1) == targets
+        if self._ignore_index is None:
+            self.denominator += len(targets)
+        else:
+            counts = targets != self._ignore_index
+            right &= counts
+            self.denominator += counts.sum()
+        self.numerator += right.sum()
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the share; 0 if no sample counts."""
+        return self.numerator.float() / self.denominator.clamp_min(1).float()
 
 
 def class_indices(targets: Tensor) -> Tensor:
@@ -15,16 +80,13 @@ def class_indices(targets: Tensor) -> Tensor:
     return targets.argmax(dim=1) if targets.is_floating_point() else targets
 
 
-def metric_collection(
-    metrics: Metric | MetricCollection | None, num_classes: int, ignore_index: int | None
-) -> MetricCollection:
+def metric_collection(metrics: Metric | MetricCollection | None, ignore_index: int | None) -> MetricCollection:
     """Return what is measured for each block: by default top-1 accuracy as ``acc``.
 
     A collection keeps its own names; a single metric is named after its class, an accuracy ``acc``.
     """
     if metrics is None:
-        # Targets are checked once for each batch; checking in every metric would synchronise with the device.
-        metrics = MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index, validate_args=False)
+        return MetricCollection({"acc": Top1Accuracy(ignore_index)})
     if isinstance(metrics, MetricCollection):
         return metrics
     if not isinstance(metrics, Metric):
@@ -70,7 +132,7 @@ class BlockMetrics(nn.Module):
     def __init__(self, metrics: MetricCollection, num_blocks: int, blocks: range) -> None:
         super().__init__()
         self.num_blocks = num_blocks
-        self.losses = {j: MeanMetric() for j in blocks}
+        self.losses = {j: MeanLoss() for j in blocks}
         self.blocks = {j: metrics.clone() for j in blocks}
         self.ensemble = metrics.clone() if num_blocks - 1 in blocks else None
         # Registered, so that they move between devices.
@@ -93,7 +155,7 @@ class BlockMetrics(nn.Module):
 
     def update(self, block: int, loss: Tensor, scores: Tensor, targets: Tensor) -> None:
         """Take in one batch of N samples: a block's local loss (a scalar) and class scores (N, classes)."""
-        self.losses[block].update(loss, weight=len(targets))
+        self.losses[block].update(loss, len(targets))
         self.blocks[block].update(scores, targets)
 
     def update_ensemble(self, votes: Tensor, targets: Tensor) -> None:

@@ -168,7 +168,7 @@ class DGLModule(LightningModule):
                 block.compile()
         self.lr_interval: str = lr_interval
         self.on_nonfinite: str = on_nonfinite
-        self._metric_template = [metric_collection(metrics, num_classes, self._ignore_index)]  # a list: not a submodule
+        self._metric_template = [metric_collection(metrics, self._ignore_index)]  # a list: not a submodule
         self._unused_parameters = self._parameters_in_no_block()
         self.progress = [Progress() for _ in range(num_blocks)]
         self.streams = RandomStreams(num_blocks)

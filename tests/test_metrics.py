@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_dgl.metrics import (
     BlockMetrics,
     EpochMetrics,
+    MeanLoss,
+    Top1Accuracy,
     add_vote,
     class_indices,
     ensemble,
@@ -19,7 +21,7 @@ from lightning_dgl.metrics import (
 
 
 def accuracy() -> MetricCollection:
-    return metric_collection(None, num_classes=3, ignore_index=None)
+    return metric_collection(None, ignore_index=None)
 
 
 def test_votes_double_from_block_to_block() -> None:
@@ -48,6 +50,42 @@ def test_values_of_an_epoch_weight_samples_not_batches() -> None:
     }
 
 
+def torchmetrics_accuracy(ignore_index: int | None) -> Metric:
+    return MulticlassAccuracy(5, average="micro", ignore_index=ignore_index, validate_args=False)
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy_equals_that_of_torchmetrics(ignore_index: int | None, dtype: torch.dtype) -> None:
+    own, other = Top1Accuracy(ignore_index), torchmetrics_accuracy(ignore_index)
+    batches = [(torch.randn(n, 5).to(dtype), torch.randint(5, (n,))) for n in (13, 8, 1)]
+    batches.append((torch.ones(6, 5), torch.arange(6) % 5))  # scores that are equal
+    batches.append((torch.full((3, 5), torch.nan), torch.arange(3)))
+    if ignore_index is not None:
+        batches[0][1][::3] = ignore_index
+        batches.append((torch.randn(4, 5), torch.full((4,), ignore_index)))  # none counts
+    for scores, targets in batches:
+        assert torch.equal(own(scores, targets), other(scores, targets))
+    assert torch.equal(own.compute(), other.compute())
+
+
+def test_accuracy_of_nothing_is_zero() -> None:
+    own = Top1Accuracy(0)
+    own.update(torch.randn(3, 5), torch.zeros(3, dtype=torch.long))
+    assert own.compute() == 0
+
+
+def test_the_mean_loss_equals_that_of_torchmetrics() -> None:
+    own, other = MeanLoss(), MeanMetric()
+    for loss, n in ((0.3, 8), (2.7, 8), (1e-3, 3)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            own.update(torch.tensor(loss, dtype=dtype), n)
+            other.update(torch.tensor(loss, dtype=dtype), weight=n)
+    assert torch.equal(own.compute(), other.compute())
+    own.update(torch.tensor(torch.nan), 8)
+    assert own.compute().isnan()
+
+
 def test_a_stage_counts_its_blocks_only() -> None:
     first, last = (BlockMetrics(accuracy(), num_blocks=3, blocks=blocks) for blocks in (range(2), range(2, 3)))
     step = (torch.tensor(1.5), torch.eye(3), torch.tensor([0, 1, 0]))
@@ -61,11 +99,11 @@ def test_a_stage_counts_its_blocks_only() -> None:
 
 def test_metrics_keep_their_names() -> None:
     several = MetricCollection({"f1": MulticlassF1Score(3), "top2": MulticlassAccuracy(3, top_k=2)})
-    assert metric_collection(several, 3, None) is several
-    assert list(metric_collection(MulticlassF1Score(3), 3, None)) == ["MulticlassF1Score"]
+    assert metric_collection(several, None) is several
+    assert list(metric_collection(MulticlassF1Score(3), None)) == ["MulticlassF1Score"]
     assert list(accuracy()) == ["acc"]
     with pytest.raises(TypeError, match="metrics must be a torchmetrics Metric or MetricCollection, got str"):
-        metric_collection("acc", 3, None)  # type: ignore[arg-type]
+        metric_collection("acc", None)  # type: ignore[arg-type]
 
 
 def test_headlines_are_the_last_blocks_values() -> None:
