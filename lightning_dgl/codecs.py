@@ -246,17 +246,17 @@ class VectorQuantizer(Codec):
             TypeError: if ``x`` is not floating-point.
         """
         self._check(x)
-        if not torch.stack(torch.aminmax(x)).isfinite().all():  # NaN, too, shows in both
-            raise ValueError("x has values that are NaN or infinite; the codebook was left as it was.")
+        is_finite = torch.stack(torch.aminmax(x)).isfinite().all()  # NaN, too, shows in both
         # A separate random stream: data and dropout are drawn as they would be without a codec.
         generator = torch.Generator(x.device).manual_seed(int(self.num_updates))
         books = [self._sample(part, generator) for part in self._parts(x)]
         if not self.num_updates:
+            _check_finite(bool(is_finite))
             for b, sample in enumerate(books):
                 self._rows(b, self.codebook).copy_(self._first_codes(sample, generator))
             for _ in range(5):
-                self._learn(books, 0.0, generator)
-        self._learn(books, self.decay, generator)
+                self._learn(books, 0.0, generator, is_finite)
+        self._learn(books, self.decay, generator, is_finite)
         self.num_updates += 1
 
     @override
@@ -343,36 +343,86 @@ class VectorQuantizer(Codec):
             distances = torch.minimum(distances, (sample - new).square().sum(1))
         return codes
 
-    def _learn(self, books: Sequence[Tensor], decay: float, generator: torch.Generator) -> None:
-        """Learn from the sample of each codebook."""
-        perplexity, error, variance = torch.zeros(3, device=self.codebook.device)
-        for b, sample in enumerate(books):
-            codebook, counts, sums = (self._rows(b, own) for own in (self.codebook, self.counts, self.sums))
-            codes = nearest_codes(sample.T[None, None], codebook).flatten().long()
-            distances = (sample - codebook[codes]).square().sum(1)
-            used = torch.bincount(codes, minlength=self.num_codes).to(counts.dtype)
-            counts.lerp_(used, 1 - decay)
-            sums.lerp_(torch.zeros_like(sums).index_add_(0, codes, sample), 1 - decay)
-            total = counts.sum()
-            smoothed = (counts + 1e-5) / (total + 1e-5 * self.num_codes) * total
-            codebook.copy_(sums / smoothed[:, None])
-            unused = (counts < 0.01 * total / self.num_codes).nonzero()[:, 0]
-            if len(unused):
-                new = sample[_draw(distances, len(unused), generator)]
+    def _learn(self, books: Sequence[Tensor], decay: float, generator: torch.Generator, is_finite: Tensor) -> None:
+        """Learn from the sample of each codebook; waits for the device once.
+
+        Args:
+            books: the samples, (M, D) each.
+            decay: of the moving average.
+            generator: draws new codes.
+            is_finite: a scalar; if False, ValueError is raised and nothing changes.
+        """
+        learned = [self._learned(b, sample, decay) for b, sample in enumerate(books)]
+        finite, *numbers = torch.stack([is_finite, *(own.unused.sum() for own in learned)]).tolist()
+        _check_finite(finite)
+        for b, (sample, own, number) in enumerate(zip(books, learned, numbers, strict=True)):
+            codebook, counts, sums = (self._rows(b, of) for of in (self.codebook, self.counts, self.sums))
+            codebook.copy_(own.codebook)
+            counts.copy_(own.counts)
+            sums.copy_(own.sums)
+            if number:
+                unused = own.unused.byte().argsort(descending=True, stable=True)[:number]
+                new = sample[_draw(own.distances, number, generator)]
+                total = own.counts.sum()
                 codebook[unused] = new
                 counts[unused] = total / self.num_codes
                 sums[unused] = new * total / self.num_codes
-            perplexity = perplexity + torch.special.entr(used / len(sample)).sum().exp()
-            error = error + distances.mean()
-            variance = variance + sample.var(0, correction=0).sum()
+        perplexity, error, variance = torch.stack([own.measured for own in learned]).sum(0)
         self._measured = torch.stack([perplexity / len(books), error / variance.clamp_min(1e-12)])
+
+    def _learned(self, b: int, sample: Tensor, decay: float) -> _Learned:
+        """What codebook ``b`` learns from its sample."""
+        codebook, counts, sums = (self._rows(b, own) for own in (self.codebook, self.counts, self.sums))
+        codes = nearest_codes(sample.T[None, None], codebook).flatten().long()
+        distances = (sample - codebook[codes]).square().sum(1)
+        used = torch.zeros_like(counts).index_add_(0, codes, torch.ones_like(distances))
+        counts = counts.lerp(used, 1 - decay)
+        sums = sums.lerp(torch.zeros_like(sums).index_add_(0, codes, sample), 1 - decay)
+        total = counts.sum()
+        smoothed = (counts + 1e-5) / (total + 1e-5 * self.num_codes) * total
+        unused = counts < 0.01 * total / self.num_codes
+        perplexity = torch.special.entr(used / len(sample)).sum().exp()
+        measured = torch.stack([perplexity, distances.mean(), sample.var(0, correction=0).sum()])
+        return _Learned(sums / smoothed[:, None], counts, sums, unused, distances, measured)
+
+
+@dataclass(frozen=True)
+class _Learned:
+    """What a codebook has learned from one sample of M vectors, before codes are drawn anew.
+
+    Attributes:
+        codebook, counts, sums: the new ones.
+        unused: (K,), whether hardly any vector is nearest to a code.
+        distances: (M,), squared, of each vector to its code.
+        measured: perplexity, mean of the distances, and variance of the vectors.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+    unused: Tensor
+    distances: Tensor
+    measured: Tensor
 
 
 def _draw(weights: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """Draw indices with probabilities proportional to ``weights``; uniformly if those are zero."""
     total = weights.sum()
-    weights = weights / total if total > 0 else torch.ones_like(weights)
-    return torch.multinomial(weights, number, replacement=True, generator=generator)
+    weights = torch.where(total > 0, weights / total, 1.0)
+    draw = torch.multinomial if weights.device.type == "cpu" else _draw_by_whole_numbers
+    return draw(weights, number, replacement=True, generator=generator)
+
+
+def _draw_by_whole_numbers(weights: Tensor, number: int, replacement: bool, generator: torch.Generator) -> Tensor:
+    """As ``torch.multinomial``, which on an accelerator adds up in any order and refuses to be deterministic."""
+    ends = (weights / weights.max() * 2**24).long().cumsum(0)
+    places = torch.randint(2**62, (number,), generator=generator, device=weights.device) % ends[-1]
+    return torch.searchsorted(ends, places, right=True)
+
+
+def _check_finite(is_finite: bool) -> None:
+    if not is_finite:
+        raise ValueError("x has values that are NaN or infinite; the codebook was left as it was.")
 
 
 def _check_float(x: Tensor) -> None:

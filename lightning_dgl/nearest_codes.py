@@ -42,13 +42,26 @@ def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _search_by_argmax(augmented: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that finds the code of the largest score for each vector of (D, ...)."""
+    """Return a function that finds the code of the largest score for each vector of (D, ...).
+
+    A GPU may compute products in TF32, which keeps 10 of 23 bits of each factor. So every factor is split into two that
+    TF32 keeps; the product of the two low parts is too small to matter.
+    """
+    high, low = _split_for_tf32(augmented)
+    codes = torch.cat([high, high, low], dim=1)
 
     def search(part: Tensor) -> Tensor:
         part = part.float()
-        return (augmented @ torch.cat([part, torch.ones_like(part[:1])]).flatten(1)).argmax(0)
+        high, low = _split_for_tf32(torch.cat([part, torch.ones_like(part[:1])]).flatten(1))
+        return (codes @ torch.cat([high, low, high])).argmax(0)
 
     return search
+
+
+def _split_for_tf32(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two parts whose sum is ``x``, float32: one of its first 10 bits, and the rest."""
+    high = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return high, x - high
 
 
 class _GridSearch:

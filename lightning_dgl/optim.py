@@ -228,10 +228,15 @@ class BlockGradScaler:
 
     def step(self, optimizer: BlockOptimizer) -> None:
         """Step each block's optimizer, unless that block's gradients overflowed or there are none."""
-        for scaler, own in zip(self.scalers, optimizer.optimizers, strict=True):
-            if _has_gradients(own):
-                scaler.step(own)
-                scaler.update()
+        pairs = zip(self.scalers, optimizer.optimizers, strict=True)
+        with_gradients = [(scaler, own) for scaler, own in pairs if _has_gradients(own)]
+        # GradScaler.step would wait for the device once for each block.
+        overflows = [sum(scaler._found_inf_per_device(own).values()) for scaler, own in with_gradients]
+        overflowed = torch.stack(overflows).tolist() if overflows else []
+        for (scaler, own), is_infinite in zip(with_gradients, overflowed, strict=True):
+            if not is_infinite:
+                own.step()
+            scaler.update()
 
     def update(self) -> None:
         """Do nothing: each scaler was updated in its own step."""

@@ -174,11 +174,9 @@ def _settle_nonfinite(module: Trainable, run: Run, steps: dict[int, LocalStep]) 
     """Undo steps whose loss is not finite, or raise; waits for the device once."""
     if not steps:
         return
-    finite = torch.stack([step.loss.float() for step in steps.values()]).isfinite()
-    if finite.all():
-        return
-    blocks = [block for block, is_finite in zip(steps, finite.tolist(), strict=True) if not is_finite]
-    if module.on_nonfinite == "raise":
+    finite = torch.stack([step.loss.float() for step in steps.values()]).isfinite().tolist()
+    blocks = [block for block, is_finite in zip(steps, finite, strict=True) if not is_finite]
+    if blocks and module.on_nonfinite == "raise":
         first = blocks[0]
         raise NonFiniteLossError(
             f"The local loss of block {first} ({module.block_names[first]}) is {steps[first].loss.item()} at step "

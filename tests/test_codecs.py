@@ -12,7 +12,7 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 
 from lightning_dgl import Message, VectorQuantizer
-from lightning_dgl.codecs import Half
+from lightning_dgl.codecs import Half, _draw_by_whole_numbers
 from lightning_dgl.links import make_codecs
 
 
@@ -94,6 +94,17 @@ def test_codes_that_nothing_is_near_to_are_drawn_anew() -> None:
     quantizer.update(activations(16, 4, 6, 6))
     assert quantizer.codebook.abs().max() < 10
     assert quantizer.perplexity > 1
+
+
+def test_codes_drawn_on_an_accelerator_follow_their_weights() -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0, 1e-9, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = _draw_by_whole_numbers(weights, 8000, True, generator)
+    shares = torch.bincount(drawn, minlength=7) / 8000
+    torch.testing.assert_close(shares, weights / 8, rtol=0, atol=0.02)
+    assert set(drawn.tolist()) == {1, 3, 4}
+    alike = _draw_by_whole_numbers(torch.ones(4), 8000, True, generator)
+    torch.testing.assert_close(torch.bincount(alike) / 8000, torch.full((4,), 0.25), rtol=0, atol=0.02)
 
 
 def test_error_and_perplexity_are_what_they_say() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dgl import VectorQuantizer
-from lightning_dgl.nearest_codes import nearest_codes
+from lightning_dgl.nearest_codes import _search_by_argmax, nearest_codes
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
@@ -117,6 +117,33 @@ def test_memory_format_does_not_matter() -> None:
     quantizer.update(x)
     expected = quantizer.encode(x).codes
     assert torch.equal(quantizer.encode(x.contiguous(memory_format=torch.channels_last)).codes, expected)
+
+
+class InTF32(TorchDispatchMode):
+    """Computes products as a GPU does in TF32: from 10 bits of each factor, rounded."""
+
+    num_products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.num_products += 1
+            args = [((factor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for factor in args]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("offset", [0, 30])
+def test_search_on_a_gpu_is_as_exact_in_tf32(offset: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_dgl.nearest_codes._GridSearch", _search_by_argmax)
+    x = offset + activations(8, 4, 8, 256)
+    codebook = offset + torch.randn(256, 8)
+    with InTF32() as mode:
+        codes = nearest_codes(x, codebook)
+    assert mode.num_products
+    own = x.movedim(2, -1).reshape(-1, 8).double()
+    distances = torch.cdist(own, codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    chosen = distances.gather(1, codes.long().view(-1, 1))[:, 0]
+    # As far as float32 can tell scores apart, which are sums of squares.
+    assert torch.allclose(chosen, distances.min(1).values, rtol=0, atol=1e-5 * (1 + offset**2))
 
 
 class Largest(TorchDispatchMode):

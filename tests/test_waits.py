@@ -1,0 +1,100 @@
+"""How often the host waits for the device, counted on a CPU: by the operations that read values of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_dgl import DGLStrategy, VectorQuantizer
+from lightning_dgl.checks import check_batch
+from lightning_dgl.nearest_codes import _search_by_argmax
+from tests.runs import MakeTrainer, half, loader, make_module
+
+READS = ("_local_scalar_dense", "item", "nonzero", "bincount", "unique", "_unique2", "unique_dim", "masked_select")
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations for which the host waits if their tensors are on an accelerator.
+
+    Attributes:
+        seen: their names.
+        on_host: tensors that stay on the host, which cost nothing to read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.on_host: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if by_mask or (name in READS and not any(args[0] is tensor for tensor in self.on_host)):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class OneBatch(L.Callback):
+    """Counts waits in one training batch and in one batch of validation, neither the first nor one that is logged."""
+
+    def __init__(self) -> None:
+        self.train, self.val = Waits(), Waits()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            codecs = [link.codec for link in pl_module.run.links]
+            self.train.on_host = [codec.num_updates for codec in codecs if isinstance(codec, VectorQuantizer)]
+            self.train.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.train.__exit__(None, None, None)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, _: int = 0) -> None:
+        if batch_idx == 2:
+            self.val.__enter__()
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, _: int = 0
+    ) -> None:
+        if batch_idx == 2:
+            self.val.__exit__(None, None, None)
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the ways that the package takes on an accelerator: labels are looked at once, codes are found by argmax."""
+    monkeypatch.setattr("lightning_dgl.nearest_codes._GridSearch", _search_by_argmax)
+    monkeypatch.setattr(
+        "lightning_dgl.module.check_batch",
+        lambda batch, batch_idx, *rest: check_batch(batch, batch_idx, *rest) if batch_idx == 0 else batch,
+    )
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize(
+    ("train_kwargs", "codec", "most"),
+    [
+        (dict, None, 1),
+        (lambda: {"gradient_clip_val": 0.5}, None, 1),
+        (lambda: {"plugins": [half()]}, None, 2),
+        (dict, "half", 1),
+        (dict, VectorQuantizer(16, 4), 1 + 3),
+    ],
+)
+def test_waits_in_a_step_of_four_blocks(
+    train_kwargs: Callable[[], dict[str, Any]], codec: Any, most: int, on_nonfinite: str, make_trainer: MakeTrainer
+) -> None:
+    count = OneBatch()
+    trainer = make_trainer(strategy=DGLStrategy(codec=codec), callbacks=[count], **train_kwargs())
+    trainer.fit(make_module(4, on_nonfinite=on_nonfinite), loader(), loader())
+    assert len(count.train.seen) <= most, count.train.seen
+    assert count.val.seen == []
