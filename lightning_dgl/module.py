@@ -44,7 +44,7 @@ from lightning_dgl.splitting import (
     extent,
     split_network,
 )
-from lightning_dgl.training import Progress, RandomStreams, deliver, step_lr_scheduler, take_turns
+from lightning_dgl.training import Progress, RandomStreams, deliver, step_lr_scheduler, take_turns, whole_graphs
 
 
 class DGLModule(LightningModule):
@@ -312,7 +312,8 @@ class DGLModule(LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0 and not skips_backward(self.trainer):
             # As Lightning will, but it frees the gradients of the step before only when there are new ones.
             self.trainer.optimizers[0].zero_grad()
-        steps = take_turns(self, self.run, address)
+        with whole_graphs(self._compiled_heads is not None):
+            steps = take_turns(self, self.run, address)
         log_step(self, self.run, batch_idx, steps)
         return deliver(steps.values(), dense=self.run.stage.is_replicated)
 

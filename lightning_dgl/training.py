@@ -15,7 +15,7 @@ run, how gradients accumulate, and how DistributedDataParallel averages them::
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,6 +105,14 @@ def take_turns(module: Trainable, run: Run, address: Address) -> dict[int, Local
     _settle_nonfinite(module, run, steps)
     run.stepped = list(steps)
     return steps
+
+
+def whole_graphs(compiled: bool) -> AbstractContextManager[Any]:
+    """Enter a context in which DistributedDataParallel does not cut what torch.compile compiles.
+
+    It cuts graphs so that it can average some gradients while others are computed; here it gets all at once.
+    """
+    return torch._dynamo.config.patch(optimize_ddp=False) if compiled else nullcontext()  # type: ignore[no-any-return]
 
 
 def _local_step(

@@ -7,12 +7,15 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.distributed import DDPOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_dgl import DGLModule
 from tests.runs import loader, pieces, sgd, small_cnn
@@ -139,3 +142,17 @@ def test_sizes_of_other_blocks_make_no_size_variable(monkeypatch: pytest.MonkeyP
     module = module_of(small_cnn(), ["2", "6", "10"], compile=True).eval()
     module.block_scores(torch.randn(4, 3, 8, 8))  # blocks and heads see 8×8 and 4×4, with 3 to 16 channels
     assert sizes == [[]] * 7
+
+
+def test_replicas_compile_whole_blocks(
+    backend: Backend, make_trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(self: DDPOptimizer, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        raise AssertionError("a graph is cut in pieces")
+
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", cut)
+    # As inside its forward.
+    replica = SimpleNamespace(bucket_bytes_cap=2**20)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", replica)
+    make_trainer(max_epochs=1).fit(module_of(small_cnn(), ["6"], compile=True), loader(16, batch_size=8))
+    assert backend.num_graphs == 2 + 1
