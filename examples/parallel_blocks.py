@@ -89,7 +89,7 @@ def main() -> None:
         optimizer=lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=5e-4),
     )
     trainer = L.Trainer(
-        strategy=DGLStrategy(data_parallel_size=ARGS.data_parallel_size, timeout=120),
+        strategy=DGLStrategy(data_parallel_size=ARGS.data_parallel_size, timeout=600),  # seconds; compiling counts
         accelerator=ARGS.accelerator,
         devices=ARGS.devices,
         num_nodes=ARGS.nodes,

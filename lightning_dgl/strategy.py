@@ -68,7 +68,8 @@ class DGLStrategy(RankStrategy):
             smaller what a block sends to the next one in training, wherever that is.
         data_parallel_size: R, how many replicas of every stage there are; ranks = R × stages.
         prefetch: how many batches a stage may receive ahead of the one it works on.
-        timeout: how long a rank may keep others waiting before the run ends; a timedelta, or seconds.
+        timeout: how long a rank may keep others waiting before the run ends; a timedelta, or seconds. The first steps
+            of a module with ``compile=True`` may take minutes.
         start_method: how Lightning starts the processes: "popen" runs the script once for each rank; "spawn", "fork"
             and "forkserver" need no script (notebooks: "fork"). Under torchrun or SLURM they are started already.
         process_group_backend: by default gloo on CPU; NCCL for CUDA tensors, gloo for everything else.

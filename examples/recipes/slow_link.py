@@ -53,7 +53,7 @@ def train(name: str, args: argparse.Namespace) -> tuple[float, float, float, flo
         example_input=(2, 1, 16, 16),
         optimizer=lambda params: SGD(params, lr=0.02, momentum=0.9, weight_decay=5e-4),
     )
-    strategy = DGLStrategy(codec=CODECS[name], timeout=120)
+    strategy = DGLStrategy(codec=CODECS[name], timeout=600)
     trainer = L.Trainer(
         strategy=strategy,
         accelerator=args.accelerator,
