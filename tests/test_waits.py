@@ -9,11 +9,14 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dgl import DGLStrategy, VectorQuantizer
 from lightning_dgl.checks import check_batch
-from lightning_dgl.nearest_codes import _search_by_argmax
+from lightning_dgl.codecs import Half
+from lightning_dgl.metrics import BlockMetrics, add_vote, metric_collection
+from lightning_dgl.nearest_codes import _search_by_argmax, nearest_codes
 from tests.runs import MakeTrainer, half, loader, make_module
 
 READS = ("_local_scalar_dense", "item", "nonzero", "bincount", "unique", "_unique2", "unique_dim", "masked_select")
@@ -98,3 +101,55 @@ def test_waits_in_a_step_of_four_blocks(
     trainer.fit(make_module(4, on_nonfinite=on_nonfinite), loader(), loader())
     assert len(count.train.seen) <= most, count.train.seen
     assert count.val.seen == []
+
+
+# Fake tensors on CUDA: they raise where a value is read, and where a tensor on the CPU is mixed in
+
+
+@pytest.fixture
+def fake_cuda() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def test_fake_tensors_notice_what_these_tests_look_for(fake_cuda: FakeTensorMode) -> None:
+    with fake_cuda:
+        x = torch.randn(3, device="cuda")
+        with pytest.raises(DataDependentOutputException):
+            bool(x.sum() > 0)
+        with pytest.raises(RuntimeError, match="device"):
+            x + torch.randn(3, device="cpu")
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+def test_evaluation_on_cuda(ignore_index: int | None, fake_cuda: FakeTensorMode) -> None:
+    metrics = BlockMetrics(metric_collection(None, ignore_index), 2, range(2))
+    with fake_cuda:
+        metrics.to("cuda")
+        with torch.device("cuda"):
+            scores, loss, targets = torch.randn(8, 4), torch.randn(()), torch.zeros(8, dtype=torch.long)
+        _, targets = check_batch((scores, targets), 1, 4, ignore_index)
+        votes = None
+        for j in range(2):
+            votes = add_vote(votes, j, scores)
+            metrics.update(j, loss, scores, targets)
+        metrics.update_ensemble(votes, targets)
+        values = {**metrics.batch_values({0: (loss, scores, targets)}), **metrics.compute()}
+    assert {value.device.type for value in values.values()} == {"cuda"}
+
+
+def test_labels_of_a_first_batch_are_looked_at_on_cuda(fake_cuda: FakeTensorMode) -> None:
+    with fake_cuda, torch.device("cuda"), pytest.raises(DataDependentOutputException):
+        check_batch((torch.randn(8, 3), torch.zeros(8, dtype=torch.long)), 0, 4, None)
+
+
+def test_coding_on_cuda(fake_cuda: FakeTensorMode) -> None:
+    quantizer = VectorQuantizer(300, 4, num_codebooks=2)
+    quantizer.update(torch.randn(4, 16, 5, 5))
+    with fake_cuda:
+        quantizer.to("cuda")
+        quantizer.num_updates = torch.tensor(1)  # it stays on the host, with a value
+        x = torch.randn(4, 16, 5, 5, device="cuda", dtype=torch.bfloat16)
+        for codec in (Half(), quantizer):
+            decoded = codec.encode(x).decode()
+            assert (decoded.shape, decoded.dtype, decoded.device.type) == (x.shape, x.dtype, "cuda")
+        assert nearest_codes(torch.randn(2, 3, 4, 9, device="cuda"), quantizer.codebook[:300]).dtype == torch.int16
