@@ -99,20 +99,23 @@ def test_other_schedules_and_codecs_train(arguments: dict[str, Any], launch: Lau
     assert torch.isfinite(launch(2, strategy=arguments).ranks[0]["metrics"]["val/loss"])
 
 
-def test_ranks_exchange_no_tensor_on_the_device(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Unpickling one opens a context on the device that it came from, on every rank.
-    exchanged: list[Any] = []
-    gather = dist.all_gather_object
+class OnlyHostTensors(DGLStrategy):
+    """Fails where a tensor on the device is pickled: to unpickle it, every rank opens a context on that device."""
 
-    def all_gather_object(everyones: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
-        exchanged.append(value)
-        gather(everyones, value, *args, **kwargs)
+    def _connect_ranks(self) -> None:
+        gather = dist.all_gather_object
 
-    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
-    launch(2)
-    tensors = [leaf for leaf in tree_leaves(exchanged) if isinstance(leaf, Tensor)]
-    assert tensors
-    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+        def all_gather_object(everyones: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            assert all(tensor.device.type == "cpu" for tensor in tensors), value
+            gather(everyones, value, *args, **kwargs)
+
+        dist.all_gather_object = all_gather_object
+        super()._connect_ranks()
+
+
+def test_ranks_exchange_no_tensor_on_the_device(launch: Launch) -> None:
+    launch(2, kind=OnlyHostTensors)
 
 
 # Failures
@@ -134,8 +137,7 @@ class OutOfMemory(DGLStrategy):
         super()._connect_ranks()
 
 
-def test_a_rank_without_memory_is_the_one_that_is_named(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Inbox, "_receive", Inbox._receive)  # restored here
+def test_a_rank_without_memory_is_the_one_that_is_named(launch: Launch) -> None:
     with pytest.raises(RankFailedError, match=r"(?s)^Rank 1 .*out of memory"):
         launch(2, kind=OutOfMemory)
 
