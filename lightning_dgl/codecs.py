@@ -157,7 +157,7 @@ class VectorQuantizer(Codec):
         num_codebooks: how many codebooks share the groups of channels, so that each fits its own better; the number of
             groups must be a multiple.
         compile: search by ``torch.compile``: same codes, some seconds when it first encodes, then on CPU about twice as
-            fast. Needs a C++ compiler (on an accelerator, Triton).
+            fast. Needs a C++ compiler (on an accelerator, Triton, and the host waits for the codes).
 
     Attributes:
         codebook: (K, D), float32; several codebooks one after another.
