@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dgl import DGLStrategy, VectorQuantizer
 from lightning_dgl.checks import check_batch
-from lightning_dgl.codecs import Half
+from lightning_dgl.codecs import Half, _draw_by_whole_numbers
 from lightning_dgl.metrics import BlockMetrics, add_vote, metric_collection
 from lightning_dgl.nearest_codes import _search_by_argmax, nearest_codes
 from tests.runs import MakeTrainer, half, loader, make_module
@@ -75,6 +75,7 @@ class OneBatch(L.Callback):
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the ways that the package takes on an accelerator: labels are looked at once, codes are found by argmax."""
     monkeypatch.setattr("lightning_dgl.nearest_codes._GridSearch", _search_by_argmax)
+    monkeypatch.setattr(torch, "multinomial", _draw_by_whole_numbers)
     read = Tensor.tolist
 
     def tolist(tensor: Tensor) -> Any:
