@@ -80,6 +80,12 @@ class Bookkeeping(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_not_empty(trainer)
 
+    @override
+    @_for_dgl_modules
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let callbacks and hooks of the validation read the weights of all blocks."""
+        pl_module.run.others.copy_if_hidden()
+
     # Metrics
 
     @override
@@ -87,6 +93,7 @@ class Bookkeeping(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
         run: Run = pl_module.run  # type: ignore[assignment]
+        run.others.copy_if_hidden()
         run.metrics.pop("train")
         if run.stage.is_split:
             values = run.stage.merge({name: value.cpu() for name, value in run.latest.items()})

@@ -12,6 +12,7 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BasePredictionWriter,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -20,10 +21,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_dgl._version import __version__
 from lightning_dgl.lightning_internals import saves_every_n_train_steps, synchronises_batchnorm
-from lightning_dgl.optim import BlockOptimizer
+from lightning_dgl.optim import BlockOptimizer, BlockParameters
 from lightning_dgl.schedules import Schedule
 from lightning_dgl.splitting import SplitPoint, in_mode, output_shape, preserved_state
 
@@ -81,6 +83,39 @@ def check_head(block: int, head: nn.Module, point: SplitPoint, features: Tensor,
         raise ValueError(
             f"The head of block {block} must return class scores ({len(features)}, {num_classes}), but returns "
             f"{shape}. {made_from}"
+        )
+
+
+def check_optimizer(block: int, name: str, optimizer: Any, parameters: Sequence[BlockParameters]) -> None:
+    """Check what an optimizer factory made for ``block``, called ``name``, of J blocks with these ``parameters``.
+
+    Raises:
+        TypeError: if it is not an optimizer.
+        ValueError: unless it trains what of the block's parameters is not frozen, and nothing else.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must return a torch.optim.Optimizer, block {block} got {type(optimizer).__name__}.")
+    given = {id(p): name for name, p in parameters[block].named()}
+    others = {id(p): f"{name!r} of block {j}" for j, own in enumerate(parameters) for name, p in own.named()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    remedy = (
+        "Let it train exactly the parameters that it is called with; to group them by name, iterate over "
+        "params.named(), which gives (name, parameter) pairs of this block."
+    )
+    foreign = [others.get(id(p), "one of no block") for p in trained if id(p) not in given]
+    if foreign:
+        raise ValueError(
+            f"The optimizer of block {block} ({name}) trains parameters that are not the block's: {foreign[0]}"
+            f"{f' and {len(foreign) - 1} more' if len(foreign) > 1 else ''}. {remedy}"
+        )
+    left_out = given.keys() - {id(p) for p in trained}
+    frozen = {id(p) for p in parameters[block] if not p.requires_grad}
+    forgotten = [given[key] for key in given if key in left_out - frozen]
+    if forgotten:
+        raise ValueError(
+            f"The optimizer of block {block} ({name}) leaves out {forgotten[0]!r}"
+            f"{f' and {len(forgotten) - 1} more' if len(forgotten) > 1 else ''}, which would not train. {remedy} To "
+            "keep a parameter as it is, call requires_grad_(False) on it."
         )
 
 
@@ -273,6 +308,12 @@ def check_ranks(trainer: Trainer, is_split: bool, is_replicated: bool) -> None:
             "sees. Pass sync_batchnorm=False."
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if is_replicated and isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"{type(callback).__name__} unfreezes parameters in training, but replicas average the gradients of "
+                "those that are not frozen at the start. Pass data_parallel_size=1."
+            )
     for callback in callbacks if is_split else ():
         name = type(callback).__name__
         if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):

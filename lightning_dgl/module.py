@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import BaseFinetuning, ModelSummary
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
@@ -21,6 +21,7 @@ from lightning_dgl.checks import (
     check_batch,
     check_block_names,
     check_head,
+    check_optimizer,
     check_sample_size,
     check_strategy,
     number_of_classes,
@@ -32,7 +33,17 @@ from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
 from lightning_dgl.metrics import BlockMetrics, EpochMetrics, add_vote, ensemble, metric_collection
-from lightning_dgl.optim import BlockLRScheduler, BlockOptimizer, LRSchedulerFactory, OptimizerFactory, sgd
+from lightning_dgl.optim import (
+    BlockLRScheduler,
+    BlockOptimizer,
+    BlockParameters,
+    LRSchedulerFactory,
+    OptimizerFactory,
+    has_gradients,
+    make_optimizer,
+    sgd,
+)
+from lightning_dgl.other_blocks import OtherBlocks
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.splitting import (
@@ -71,7 +82,8 @@ class DGLModule(LightningModule):
             nn.Module`` reading (N, C, H, W), or a list of J - 1 of these.
         loss: ``(scores, targets) -> scalar``; cross-entropy by default.
         optimizer: callable ``params -> Optimizer``, or a list of J; by default SGD with learning rate 0.1, momentum 0.9
-            and weight decay 5e-4.
+            and weight decay 5e-4. It gets the parameters of one block and its head, must train these and no others
+            (frozen ones may be left out), and has their names from ``params.named()``: (name, parameter) pairs.
         lr_scheduler: callable ``optimizer -> LRScheduler``, or a list of J. ReduceLROnPlateau of block j watches
             ``val/loss_block{j}``.
         lr_interval: whether schedulers step each "epoch" or each "step".
@@ -179,13 +191,13 @@ class DGLModule(LightningModule):
         """J, the number of blocks."""
         return len(self.blocks)
 
-    def block_parameters(self, block: int) -> list[nn.Parameter]:
+    def block_parameters(self, block: int) -> BlockParameters:
         """Return what block ``block`` trains: its parameters, in the network's order, then its head's."""
         inside = {id(p) for p in self.blocks[block].parameters()}
-        parameters = [p for p in self.network.parameters() if id(p) in inside]
+        named = [(name, p) for name, p in self.network.named_parameters() if id(p) in inside]
         if block < len(self.heads):
-            parameters += self.heads[block].parameters()
-        return parameters
+            named += [(f"heads.{block}.{name}", p) for name, p in self.heads[block].named_parameters()]
+        return BlockParameters(named)
 
     def _parameters_in_no_block(self) -> list[str]:
         inside = {id(p) for block in self.blocks for p in block.parameters()}
@@ -204,23 +216,30 @@ class DGLModule(LightningModule):
         """Return class scores (N, classes) of the last block, or of block ``block``: an early exit.
 
         Raises:
-            RuntimeError: while a Trainer runs with other blocks on other ranks.
+            RuntimeError: between training steps, if other ranks train other blocks.
         """
         self._check_whole()
-        if block is None:
+        # On accelerators, the blocks of other ranks wait in the host's memory.
+        is_spread = self.run is not None and self.run.stage.is_split and self.device.type != "cpu"
+        if block is None and not is_spread:
             return self.network(x)
+        block = self.num_blocks - 1 if block is None else block
         if not 0 <= block < self.num_blocks:
             raise ValueError(f"block must be from 0 to {self.num_blocks - 1}, got {block}.")
-        for j in range(block):
-            x = self.blocks[j](x)
-        return self.score(block, self.blocks[block](x))
+        for j in range(block + 1):
+            x = self._run_block(j, x)
+        return self.score(block, x)
+
+    def _run_block(self, block: int, x: Tensor) -> Tensor:
+        held = next(iter(self.block_tensors(block)), x)
+        return self.blocks[block](x if x.device == held.device else x.to(held.device))
 
     def block_scores(self, x: Tensor) -> list[Tensor]:
         """Return class scores (N, classes) of every block, first block first."""
         self._check_whole()
         scores = []
-        for j, block in enumerate(self.blocks):
-            x = block(x)
+        for j in range(self.num_blocks):
+            x = self._run_block(j, x)
             scores.append(self.score(j, x))
         return scores
 
@@ -228,7 +247,7 @@ class DGLModule(LightningModule):
         """Return class probabilities (N, classes) of the paper's ensemble: Σ_j 2^j softmax(scores of j), normalised."""
         votes = None
         for j, scores in enumerate(self.block_scores(x)):
-            votes = add_vote(votes, j, scores)
+            votes = add_vote(votes, j, scores.to(x.device))
         assert votes is not None
         return ensemble(votes, self.num_blocks)
 
@@ -241,10 +260,11 @@ class DGLModule(LightningModule):
         return head(images) if self._compiled_heads is None else self._compiled_heads[block](head, images)
 
     def _check_whole(self) -> None:
-        if self.run is not None and self.run.stage.is_split:
+        if self.run is not None and self.run.others.are_hidden:
             raise RuntimeError(
-                f"This rank holds only blocks {list(self.run.stage.blocks)} of {self.num_blocks} while the Trainer "
-                "runs, so the module cannot be called. Use trainer.validate, test or predict, or call it after fit."
+                f"This rank trains only blocks {list(self.run.stage.blocks)} of {self.num_blocks}, so the module "
+                "cannot be called between training steps. Call it at the start or the end of a validation, at the end of an "
+                "epoch, or after trainer.strategy.sync_blocks() on every rank."
             )
 
     def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
@@ -277,7 +297,8 @@ class DGLModule(LightningModule):
         codecs = make_codecs(codec, self.num_blocks - 1)
         new_buffer = schedule.new_buffer if schedule.draws_blocks else None
         links = make_links(codecs, self.block_names, stage.blocks, new_buffer=new_buffer, **ends)
-        self.run = Run(stage, schedule, links, EpochMetrics(self._new_metrics))
+        others = OtherBlocks(stage, self.num_blocks, self.block_tensors)
+        self.run = Run(stage, schedule, links, EpochMetrics(self._new_metrics), others)
         if self.on_nonfinite == "skip":
             self.run.num_skipped = dict.fromkeys(stage.blocks, 0)
         return self.run
@@ -367,19 +388,19 @@ class DGLModule(LightningModule):
                 f"The network has changed since the DGLModule was made: {added[0]!r} is in no block. Change the "
                 "network first, then make the DGLModule."
             )
+        parameters = [self.block_parameters(j) for j in range(self.num_blocks)]
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        finetunes = any(isinstance(callback, BaseFinetuning) for callback in callbacks)
         optimizers = []
         for j, make in enumerate(self._optimizer_factories):
-            parameters = self.block_parameters(j)
-            if not parameters:
+            if not parameters[j]:
                 raise ValueError(
                     f"Block {j} ({self.block_names[j]}) has no parameters to train. Cut elsewhere (split_at)."
                 )
-            optimizers.append(make(parameters))
-            if not isinstance(optimizers[j], Optimizer):
-                raise TypeError(
-                    f"optimizer must return a torch.optim.Optimizer, block {j} got {type(optimizers[j]).__name__}."
-                )
-        optimizer = BlockOptimizer(optimizers)
+            optimizers.append(make_optimizer(make, parameters[j], without_frozen=finetunes))
+            check_optimizer(j, self.block_names[j], optimizers[j], parameters)
+        here = range(self.num_blocks) if self.run is None else self.run.stage.blocks
+        optimizer = BlockOptimizer(optimizers, parameters, here)
         if self._lr_scheduler_factories is None:
             return optimizer
         scheduler = BlockLRScheduler(optimizer, self._lr_scheduler_factories)
@@ -412,11 +433,30 @@ class DGLModule(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        """Clip gradients as the Trainer was asked to, see :meth:`clip_gradients`."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
         """Clip the gradients of each block apart, so that a block's update does not depend on the others."""
-        assert isinstance(optimizer, BlockOptimizer)
-        for own in optimizer.optimizers:
-            if any(p.grad is not None for group in own.param_groups for p in group["params"]):
-                self.clip_gradients(own, gradient_clip_val, gradient_clip_algorithm)
+        if not isinstance(optimizer, BlockOptimizer):
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for own in (optimizer.optimizers[j] for j in optimizer.here):
+            if has_gradients(own):
+                super().clip_gradients(own, gradient_clip_val, gradient_clip_algorithm)
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the blocks that are trained in this process."""
+        for j in range(self.num_blocks) if self.run is None else self.run.stage.blocks:
+            for parameter in self.block_parameters(j):
+                parameter.grad = None if set_to_none or parameter.grad is None else parameter.grad.detach().zero_()
 
     @override
     def configure_callbacks(self) -> list[Callback]:

@@ -7,6 +7,7 @@ restores everything, and steps schedulers as usual, while every block keeps its 
 from __future__ import annotations
 
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -18,13 +19,63 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+class BlockParameters(list[nn.Parameter]):
+    """The parameters of a block and its head, as an optimizer factory gets them: a list that also knows their names.
+
+    A factory that groups parameters by name iterates over :meth:`named`::
+
+        def optimizer(params):
+            decay = [p for name, p in params.named() if name.endswith("weight") and p.ndim > 1]
+            others = [p for name, p in params.named() if not (name.endswith("weight") and p.ndim > 1)]
+            return torch.optim.AdamW([{"params": decay}, {"params": others, "weight_decay": 0.0}], lr=1e-3)
+
+    Args:
+        named: pairs of name and parameter.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        pairs = list(named)
+        super().__init__(parameter for _, parameter in pairs)
+        self._names = [name for name, _ in pairs]
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """Return pairs of name and parameter: the network's own names, and "heads.{block}...." of the head's."""
+        return list(zip(self._names, self, strict=True))
+
+
+OptimizerFactory = Callable[[BlockParameters], Optimizer]
 LRSchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 
 def sgd(params: Iterable[nn.Parameter]) -> Optimizer:
     """Return the paper's optimizer: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4."""
     return SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+
+
+def make_optimizer(make: OptimizerFactory, parameters: BlockParameters, without_frozen: bool = False) -> Optimizer:
+    """Let a factory make the optimizer of a block.
+
+    Of a block that is frozen it may leave out everything, which torch's optimizers refuse; then there is one without
+    parameters, to which finetuning callbacks add.
+
+    Args:
+        make: the factory.
+        parameters: of the block.
+        without_frozen: leave out frozen parameters, because a callback will add them in groups of their own.
+    """
+    trainable = BlockParameters((name, p) for name, p in parameters.named() if p.requires_grad)
+    if trainable or not without_frozen:
+        try:
+            return make(trainable if without_frozen else parameters)
+        except ValueError:
+            if trainable:
+                raise
+    optimizer = make(BlockParameters([("", nn.Parameter(torch.zeros(1)))]))
+    for group in optimizer.param_groups:
+        group["params"].clear()
+        group.get("param_names", []).clear()
+    return optimizer
 
 
 class _States(MutableMapping[Tensor, Any]):
@@ -56,17 +107,57 @@ class _States(MutableMapping[Tensor, Any]):
         return sum(len(optimizer.state) for optimizer in self._optimizers)
 
 
+class _SharedGroup(MutableMapping[str, Any]):
+    """A parameter group that has parts in several blocks' optimizers, as one: writing reaches every part."""
+
+    def __init__(self, parts: Sequence[dict[str, Any]]) -> None:
+        self._parts = parts
+
+    def __getitem__(self, key: str) -> Any:
+        if key in ("params", "param_names"):
+            return [item for part in self._parts for item in part[key]]
+        value = self._parts[0][key]
+        return value.rpartition("/")[2] if key == "name" else value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in ("params", "param_names", "name"):
+            raise ValueError(f"{key!r} of a parameter group with parameters of several blocks cannot be changed.")
+        for part in self._parts:
+            part[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        for part in self._parts:
+            del part[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts[0])
+
+    def __len__(self) -> int:
+        return len(self._parts[0])
+
+
 class BlockOptimizer(Optimizer):
-    """The optimizers of all blocks as one: a step steps each of them.
+    """The optimizers of all blocks as one: a step steps those of the blocks that are trained here.
+
+    Its parameter groups are those of the blocks, first block first. One that is added later, as finetuning callbacks
+    do, comes last; if it has parameters of several blocks, each block's optimizer gets its part.
+
+    Args:
+        optimizers: one for each block, in order.
+        parameters: of each block.
+        here: the blocks that are trained in this process.
 
     Attributes:
         optimizers: one for each block, in order.
+        here: the blocks that are trained in this process.
 
     Raises:
         ValueError: if an optimizer's ``step`` needs a closure (LBFGS): a step cannot compute a block's loss again.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], parameters: Sequence[Sequence[nn.Parameter]], here: Sequence[int]
+    ) -> None:
         # Not super().__init__(): parameter groups and states live in the blocks' optimizers, and are only shown here.
         for j, optimizer in enumerate(optimizers):
             closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -83,14 +174,66 @@ class BlockOptimizer(Optimizer):
             if getattr(optimizer, "_step_supports_amp_scaling", False):
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self.optimizers = list(optimizers)
+        self.here = here
+        self._block_of: dict[Tensor, int] = {parameter: j for j, own in enumerate(parameters) for parameter in own}
+        # By group: the places of its parts, as block and number in that block's optimizer.
+        self._places: list[list[tuple[int, int]]] = []
         self.defaults = optimizers[0].defaults
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
 
     @property
     @override
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    def param_groups(self) -> list[Any]:  # type: ignore[override]
+        # The blocks' optimizers replace their groups when they load a state, so only places are kept.
+        known = {place for places in self._places for place in places}
+        for j, optimizer in enumerate(self.optimizers):
+            self._places += [[(j, i)] for i in range(len(optimizer.param_groups)) if (j, i) not in known]
+        groups = [[self.optimizers[j].param_groups[i] for j, i in places] for places in self._places]
+        return [_SharedGroup(parts) if len(parts) > 1 else parts[0] for parts in groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        parts = [self._parts_of(group) for group in groups]
+        self._places = []
+        for optimizer in self.optimizers:
+            optimizer.param_groups = []
+        for own in parts:
+            self._places.append([(j, len(self.optimizers[j].param_groups)) for j in own])
+            for j, part in own.items():
+                self.optimizers[j].param_groups.append(part)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        name = param_group.get("name", f"pg{len(self.param_groups) + 1}")
+        parts = self._parts_of({**param_group, "params": params, "name": name})
+        self._places.append([(j, len(self.optimizers[j].param_groups)) for j in parts])
+        for j, part in parts.items():
+            self.optimizers[j].add_param_group(part)
+
+    def _parts_of(self, group: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """Return the part of a parameter group that belongs to each block."""
+        names = list(group.get("param_names", ()))
+        parts: dict[int, dict[str, Any]] = {}
+        label = str(group.get("name", "")).rpartition("/")[2]
+        if not group["params"] and (found := re.match(r"block(\d+)", group.get("name", ""))):
+            return {int(found[1]): dict(group)}
+        for i, parameter in enumerate(group["params"]):
+            if not isinstance(parameter, Tensor) or parameter not in self._block_of:
+                raise ValueError(
+                    "A parameter group was added with a parameter that is in no block. Take parameters from "
+                    "module.block_parameters(j)."
+                )
+            j = self._block_of[parameter]
+            if j not in parts:
+                own = label if label == f"block{j}" else f"block{j}/{label}"
+                parts[j] = {**group, "params": [], "name": own} | ({"param_names": []} if names else {})
+            parts[j]["params"].append(parameter)
+            if names:
+                parts[j]["param_names"].append(names[i])
+        return dict(sorted(parts.items()))
 
     @property
     @override
@@ -111,20 +254,14 @@ class BlockOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        for j in self.here:
+            self.optimizers[j].step()
         return loss
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    @override
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise NotImplementedError(
-            "A parameter group belongs to one block: add it to module.optimizers().optimizers[j] of that block."
-        )
+        for j in self.here:
+            self.optimizers[j].zero_grad(set_to_none)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -133,8 +270,18 @@ class BlockOptimizer(Optimizer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states = _states_of_blocks(state_dict, len(self.optimizers), "optimizer")
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        for j, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
+            remedy = "Pass the optimizer of the training that is resumed as optimizer= to DGLModule."
+            try:
+                optimizer.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(f"The optimizer state of block {j} does not fit ({error}). {remedy}") from error
+            missing = [name for group in optimizer.param_groups for name in optimizer.defaults if name not in group]
+            if missing:
+                raise ValueError(
+                    f"The optimizer state of block {j} is not of {type(optimizer).__name__}: it has no "
+                    f"{missing[0]!r}. {remedy}"
+                )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(type(optimizer).__name__ for optimizer in self.optimizers)})"
@@ -222,14 +369,14 @@ class BlockGradScaler:
 
     def unscale_(self, optimizer: BlockOptimizer) -> None:
         """Divide every block's gradients by its scale, and note which blocks overflowed."""
-        for scaler, own in zip(self.scalers, optimizer.optimizers, strict=True):
-            if _has_gradients(own):
-                scaler.unscale_(own)
+        for j in optimizer.here:
+            if has_gradients(optimizer.optimizers[j]):
+                self.scalers[j].unscale_(optimizer.optimizers[j])
 
     def step(self, optimizer: BlockOptimizer) -> None:
         """Step each block's optimizer, unless that block's gradients overflowed or there are none."""
-        pairs = zip(self.scalers, optimizer.optimizers, strict=True)
-        with_gradients = [(scaler, own) for scaler, own in pairs if _has_gradients(own)]
+        pairs = [(self.scalers[j], optimizer.optimizers[j]) for j in optimizer.here]
+        with_gradients = [(scaler, own) for scaler, own in pairs if has_gradients(own)]
         # GradScaler.step would wait for the device once for each block.
         overflows = [sum(scaler._found_inf_per_device(own).values()) for scaler, own in with_gradients]
         overflowed = torch.stack(overflows).tolist() if overflows else []
@@ -253,7 +400,8 @@ class BlockGradScaler:
             scaler.load_state_dict(state)
 
 
-def _has_gradients(optimizer: Optimizer) -> bool:
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Return whether a parameter of ``optimizer`` has a gradient."""
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 

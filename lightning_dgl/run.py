@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_dgl.distributed import Stage
 from lightning_dgl.links import Link
 from lightning_dgl.metrics import EpochMetrics
+from lightning_dgl.other_blocks import OtherBlocks
 from lightning_dgl.schedules import Schedule
 
 
@@ -22,6 +23,7 @@ class Run:
         schedule: which block steps when.
         links: what each block reads from and sends to: block j reads from ``links[j]`` and sends to ``links[j + 1]``.
         metrics: of this rank's blocks, for each phase and data loader.
+        others: the blocks of other ranks, as this one has them.
         stepped: the blocks that Lightning updates after the present training step.
         num_skipped: by block, how many batches were skipped because its loss was not finite.
         latest: the newest training values of this rank's blocks.
@@ -32,6 +34,7 @@ class Run:
     schedule: Schedule
     links: list[Link]
     metrics: EpochMetrics
+    others: OtherBlocks
     stepped: list[int] = field(default_factory=list)
     num_skipped: dict[int, int] = field(default_factory=dict)
     latest: dict[str, Tensor] = field(default_factory=dict)

@@ -290,6 +290,8 @@ class DGLStrategy(RankStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self.run is not None
+        self.run.others.hide()
         if not isinstance(self.model, DistributedDataParallel):
             return super().training_step(*args, **kwargs)
         collective = self.stage.collective("to start a step with equal buffers")
@@ -320,8 +322,8 @@ class DGLStrategy(RankStrategy):
                 "No checkpoint can be saved after a failure: the blocks of other ranks are out of reach. Resume from "
                 "the last one saved."
             )
-        for rank, blocks in enumerate(stage.assignment if stage.is_split else ()):
-            stage.broadcast((tensor for j in blocks for tensor in module.block_tensors(j)), src=rank)
+        if self.run is not None:
+            self.run.others.copy()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -360,7 +362,10 @@ class DGLStrategy(RankStrategy):
             The failure that ends the run, as messages tell it; None if this process was told to end, or is alone.
         """
         run, self.run = self.run, None
-        if run is None or not run.stage.is_open:
+        if run is None:
+            return None
+        run.others.show()
+        if not run.stage.is_open:
             return None
         failure = run.stage.fail(exception)
         run.abandon()
@@ -369,6 +374,7 @@ class DGLStrategy(RankStrategy):
     @override
     def teardown(self) -> None:
         if self.run is not None:
+            self.run.others.show()
             self.run.close()
         self.model = self.lightning_module
         super().teardown()

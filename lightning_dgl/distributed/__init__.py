@@ -2,11 +2,12 @@
 
 topology says where a rank stands, connect joins the ranks, wire carries activations from one to the next, loaders stand
 in for the data of later stages, replica lets ranks train the same blocks, failures and watchdog make one rank's failure
-everyone's, and stage is what one rank has of all this.
+everyone's, hidden keeps weights that another rank changes from being read, and stage is what one rank has of all this.
 """
 
 from lightning_dgl.distributed.connect import exchange, init_ranks, open_wires
 from lightning_dgl.distributed.failures import RankFailedError
+from lightning_dgl.distributed.hidden import hide, show
 from lightning_dgl.distributed.loaders import StageLoader, StatefulStageLoader, Token
 from lightning_dgl.distributed.replica import Replica
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Report, Stage
@@ -33,7 +34,9 @@ __all__ = [
     "Watchdog",
     "blocks_in_words",
     "exchange",
+    "hide",
     "init_ranks",
     "open_wires",
+    "show",
     "this_process",
 ]
