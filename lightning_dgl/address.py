@@ -7,6 +7,9 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
+END_OF_EPOCH = "end of epoch"
+"""Phase of the mark that follows the batches of an epoch of training."""
+
 
 class Address(NamedTuple):
     """The batch of data that an activation comes from.
@@ -31,6 +34,8 @@ class Address(NamedTuple):
         return self.phase == RunningStage.TRAINING.value
 
     def __str__(self) -> str:
+        if self.phase == END_OF_EPOCH:
+            return f"the end of epoch {self.epoch}, after batch {self.batch_idx}"
         return f"batch {self.batch_idx} of {self.phase!r} in epoch {self.epoch} (data loader {self.dataloader_idx})"
 
 

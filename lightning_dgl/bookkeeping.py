@@ -17,10 +17,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_dgl.address import current_address
 from lightning_dgl.checks import check_block_names, check_fit, check_has_length, check_not_empty
 from lightning_dgl.logs import log_epoch, log_reports
 from lightning_dgl.optim import BlockGradScaler
 from lightning_dgl.run import Run
+from lightning_dgl.shared_values import note_step, report_step, share
 from lightning_dgl.training import Progress, get_random_state, set_random_state
 
 KEY = "lightning_dgl"
@@ -84,7 +86,18 @@ class Bookkeeping(Callback):
     @_for_dgl_modules
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Let callbacks and hooks of the validation read the weights of all blocks."""
+        report_step(trainer, pl_module.run)
         pl_module.run.others.copy_if_hidden()
+
+    @override
+    @_for_dgl_modules
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        report_step(trainer, pl_module.run)
+
+    @override
+    @_for_dgl_modules
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        note_step(trainer, pl_module.run, batch_idx)
 
     # Metrics
 
@@ -93,8 +106,11 @@ class Bookkeeping(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
         run: Run = pl_module.run  # type: ignore[assignment]
+        run.end_epoch(current_address(trainer, trainer.fit_loop.batch_idx))
         run.others.copy_if_hidden()
         run.metrics.pop("train")
+        report_step(trainer, run)
+        share(trainer, pl_module, run, training=True)
         if run.stage.is_split:
             values = run.stage.merge({name: value.cpu() for name, value in run.latest.items()})
             log_epoch(pl_module, run, "train", values, on_step=False, on_epoch=True, logger=False)
@@ -103,11 +119,13 @@ class Bookkeeping(Callback):
     @override
     @_for_dgl_modules
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        share(trainer, pl_module, pl_module.run, training=False)  # type: ignore[arg-type]
         _log_metrics(pl_module, "val", trainer.num_val_batches)
 
     @override
     @_for_dgl_modules
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        share(trainer, pl_module, pl_module.run, training=False)  # type: ignore[arg-type]
         _log_metrics(pl_module, "test", trainer.num_test_batches)
 
     # Checkpoints

@@ -184,6 +184,12 @@ def check_strategy(trainer: Trainer) -> None:
 
 def check_fit(trainer: Trainer, schedule: Schedule) -> None:
     """Raise TypeError or ValueError for what a Trainer cannot do with blocks that train under ``schedule``."""
+    if not trainer.lightning_module.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization=False is not supported: a DGLModule takes the steps of its blocks through "
+            "Lightning's automatic optimization. Leave it True; local_loss, optimizer= and lr_scheduler= are what can "
+            "be changed."
+        )
     optimizers = trainer.optimizers
     if not all(isinstance(optimizer, BlockOptimizer) for optimizer in optimizers):
         raise TypeError(

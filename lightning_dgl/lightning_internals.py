@@ -7,9 +7,9 @@ private methods that classes of this package override are in ``OVERRIDDEN``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -24,14 +24,19 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 __all__ = [
     "OVERRIDDEN",
+    "Logged",
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
     "collect_random_states",
     "init_process_group",
+    "logged_in_steps",
+    "logged_values",
     "reduce_tensor",
+    "replace_logged",
     "saves_every_n_train_steps",
     "set_batch_size",
     "set_predictions",
@@ -60,6 +65,43 @@ def set_batch_size(trainer: Trainer, batch_size: int) -> None:
     results = trainer._results
     if results is not None:
         results.batch_size = batch_size
+
+
+class Logged(NamedTuple):
+    """A value that was logged, and whether loggers get it."""
+
+    value: Tensor
+    for_loggers: bool
+
+
+def logged_in_steps(trainer: Trainer, on_step: bool) -> dict[str, Logged]:
+    """Return what was logged in training steps since the epoch began: the last step's values, or the epoch's."""
+    return _logged(trainer.fit_loop.epoch_loop._results, on_step)
+
+
+def logged_values(trainer: Trainer) -> dict[str, Logged]:
+    """Return what was logged for this epoch of training or evaluation, over its data loaders."""
+    return {} if trainer._results is None else _logged(trainer._results, on_step=False)
+
+
+def _logged(results: Any, on_step: bool) -> dict[str, Logged]:
+    found = {}
+    for item in results.values():
+        value = None if item.has_reset else results._get_cache(item, on_step)
+        if isinstance(value, Tensor):
+            name, forked_name = results._forked_name(item, on_step)
+            found[name] = Logged(value.detach().cpu(), for_loggers=False)
+            found[forked_name] = Logged(value.detach().cpu(), for_loggers=item.meta.logger)
+    return found
+
+
+def replace_logged(trainer: Trainer, values: Mapping[str, Tensor]) -> None:
+    """Let Lightning take these values at the end of an epoch, instead of what was logged in this process."""
+    results: Any = trainer._results
+    for item in [] if results is None else results.values():
+        name = results._forked_name(item, False)[1]
+        if not item.has_reset and item.is_tensor and item.meta.on_epoch and name in values:
+            item._computed = values[name]
 
 
 def set_predictions(trainer: Trainer, predictions: Sequence[tuple[int, Any]]) -> None:

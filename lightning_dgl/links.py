@@ -104,6 +104,12 @@ class Link:
             self.traffic.decode_seconds += time.perf_counter() - began
         return activation, targets
 
+    def send_end(self, mark: Address) -> None:
+        """Send the mark that ends an epoch; only a link to another rank does."""
+
+    def await_end(self, mark: Address) -> None:
+        """Wait for the mark that ends an epoch; raise RuntimeError if it is another one. Only between ranks."""
+
     def close(self) -> None:
         """Wait until everything is sent and read; only a link to another rank has anything to wait for."""
 
@@ -201,6 +207,10 @@ class SendingLink(Link):
             self._outbox.put(address, tensors)
 
     @override
+    def send_end(self, mark: Address) -> None:
+        self._outbox.put(mark, ())
+
+    @override
     def close(self) -> None:
         self._outbox.close()
 
@@ -223,6 +233,10 @@ class ReceivingLink(Link):
         if isinstance(self._inbox, ReplayInbox) and address.is_training:
             return self._inbox.replay(address)
         return self._inbox.get(address)
+
+    @override
+    def await_end(self, mark: Address) -> None:
+        self._inbox.get(mark)
 
     @override
     def close(self) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_dgl.distributed import Report
+from lightning_dgl.lightning_internals import logged_in_steps
 from lightning_dgl.metrics import is_headline
 from lightning_dgl.run import Run
 from lightning_dgl.training import LocalStep
@@ -58,7 +59,8 @@ def log_epoch(module: LightningModule, run: Run, phase: str, values: Mapping[str
         for name in values if run.stage.is_open else ():
             text = re.escape(f"It is recommended to use `self.log('{phase}/{name}', ..., sync_dist=True)`")
             warnings.filterwarnings("ignore", text)
-        log_values(module, phase, values, **run.stage.log_options, **how)
+        # An epoch that ends within a batch leaves one, whose size Lightning would look for.
+        log_values(module, phase, values, batch_size=1, **run.stage.log_options, **how)
         module.trainer.callback_metrics  # noqa: B018 (computes the values, while the advice is suppressed)
 
 
@@ -66,11 +68,15 @@ def log_reports(trainer: Trainer, run: Run) -> dict[str, float]:
     """Log what later stages have reported, under the step at which they measured it; return the latest of it."""
     latest: dict[str, float] = {}
     for report in run.stage.reports():
-        trainer.logged_metrics.update({name: torch.tensor(value) for name, value in report.values.items()})
+        # What rank 0 logs itself under the same name counts.
+        own = {name for name, item in logged_in_steps(trainer, on_step=True).items() if item.for_loggers}
+        values = {name: value for name, value in report.values.items() if name == "epoch" or name not in own}
+        trainer.logged_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(report.values, report.step)
+            logger.log_metrics(values, report.step)
             logger.save()
-        latest |= report.values
+        latest |= values
+    run.from_reports |= latest.keys()
     return latest
 
 

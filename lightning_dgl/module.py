@@ -46,6 +46,7 @@ from lightning_dgl.optim import (
 from lightning_dgl.other_blocks import OtherBlocks
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Synchronous
+from lightning_dgl.shared_values import log_arguments
 from lightning_dgl.splitting import (
     Block,
     CompiledCall,
@@ -263,8 +264,8 @@ class DGLModule(LightningModule):
         if self.run is not None and self.run.others.are_hidden:
             raise RuntimeError(
                 f"This rank trains only blocks {list(self.run.stage.blocks)} of {self.num_blocks}, so the module "
-                "cannot be called between training steps. Call it at the start or the end of a validation, at the end of an "
-                "epoch, or after trainer.strategy.sync_blocks() on every rank."
+                "cannot be called between training steps. Call it at the start or end of a validation, at the end of "
+                "an epoch, or after trainer.strategy.sync_blocks() on every rank."
             )
 
     def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
@@ -319,6 +320,17 @@ class DGLModule(LightningModule):
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "run": None}  # it has threads and process groups
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log as in Lightning; on several ranks, each for its own blocks, rank 0's loggers and all callbacks get it.
+
+        Where several stages log a name, the first one's value counts; with ``sync_dist=True`` they are reduced when
+        an epoch or a validation ends.
+        """
+        if self.run is not None:
+            kwargs = log_arguments(self.run, name, value, kwargs)
+        super().log(name, value, *args, **kwargs)
 
     # Training
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_dgl.address import END_OF_EPOCH, Address
 from lightning_dgl.distributed import Stage
 from lightning_dgl.links import Link
 from lightning_dgl.metrics import EpochMetrics
@@ -27,6 +28,9 @@ class Run:
         stepped: the blocks that Lightning updates after the present training step.
         num_skipped: by block, how many batches were skipped because its loss was not finite.
         latest: the newest training values of this rank's blocks.
+        unreported: the step whose logged values rank 0 has yet to be told.
+        from_reports: names of values that rank 0 knows from reports.
+        reductions: by name, how values that users log are reduced over ranks.
         random_state: the random state of a checkpoint, until training continues from it.
     """
 
@@ -38,6 +42,9 @@ class Run:
     stepped: list[int] = field(default_factory=list)
     num_skipped: dict[int, int] = field(default_factory=dict)
     latest: dict[str, Tensor] = field(default_factory=dict)
+    unreported: int | None = None
+    from_reports: set[str] = field(default_factory=set)
+    reductions: dict[str, str] = field(default_factory=dict)
     random_state: dict[str, Any] | None = None
 
     @property
@@ -49,6 +56,16 @@ class Run:
     def outgoing(self) -> Link:
         """The link that this stage sends to."""
         return self.links[self.stage.blocks[-1] + 1]
+
+    def end_epoch(self, last: Address) -> None:
+        """Tell the next stage that the epoch of training ends with the batch at ``last``.
+
+        Raises:
+            RuntimeError: if the epoch of the stage before this one ends with another batch.
+        """
+        mark = last._replace(phase=END_OF_EPOCH)
+        self.incoming.await_end(mark)
+        self.outgoing.send_end(mark)
 
     def close(self) -> None:
         """Drain the links and wait for all ranks. Collectives still work afterwards."""

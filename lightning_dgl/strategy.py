@@ -201,6 +201,13 @@ class DGLStrategy(RankStrategy):
         self._start_run(stage, may_drop=schedule.may_drop, **ends)
         take_over(self._module.trainer, self.cluster_environment)
         check_ranks(self._module.trainer, stage.is_split, stage.is_replicated)
+        name = type(self._module).__name__
+        if stage.is_split and type(self._module).training_step is not DGLModule.training_step:
+            raise ValueError(
+                f"{name} overrides training_step, but only the first stage gets data there: on the other ranks a batch "
+                "is what the stage before sends. Prepare batches in on_after_batch_transfer, change losses in "
+                "local_loss, or train on one device."
+            )
 
     def _check_alike(self) -> list[Process]:
         """Check that ranks were started alike, before any that differ wait for each other; return where they run."""
@@ -286,7 +293,13 @@ class DGLStrategy(RankStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, Token):
             return batch
-        return super().batch_to_device(batch, device, dataloader_idx)
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        if batch is None and self.stage.is_split:
+            raise ValueError(
+                "A batch is None, which Lightning skips on the rank that reads the data only; later stages wait for "
+                "it. Leave such samples out in the data set or the sampler, or train on one device."
+            )
+        return batch
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

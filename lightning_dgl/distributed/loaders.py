@@ -13,8 +13,18 @@ class Token:
         raise TypeError(
             "On this rank a batch holds no data: only the first stage reads data, later ones train on what the stage "
             "before sends. Let a callback or hook that looks into batches do so on the first stage only (where "
-            "trainer.strategy.run.stage.is_first), or train on one device."
+            "trainer.strategy.run.stage.is_first), or train on one device. To change batches, override "
+            "on_after_batch_transfer, which is called where the data is."
         )
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        self.__iter__()
+
+    def __len__(self) -> int:
+        self.__iter__()
+
+    def __bool__(self) -> bool:
+        return True
 
 
 class StageLoader:

@@ -117,6 +117,10 @@ class Stage:
         # Metrics have agreed across ranks already; sync_dist only tells Lightning so.
         return {"sync_dist": dist.is_available() and dist.is_initialized()}
 
+    def log_options_of_step(self, reduces: bool) -> dict[str, Any]:
+        """Arguments of ``log`` for values of this rank's blocks, which replicas may reduce."""
+        return {"sync_dist": reduces}
+
     # The end
 
     def close(self) -> None:
@@ -259,6 +263,10 @@ class DistributedStage(Stage):
     @override
     def log_options(self) -> dict[str, Any]:
         return {"sync_dist": True, "sync_dist_group": AGREED}
+
+    @override
+    def log_options_of_step(self, reduces: bool) -> dict[str, Any]:
+        return {"sync_dist": reduces, "sync_dist_group": self.groups.data} if self.is_replicated else self.log_options
 
     # The end
 

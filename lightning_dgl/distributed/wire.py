@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dgl.address import Address
+from lightning_dgl.address import END_OF_EPOCH, Address
 from lightning_dgl.codecs import HEADER_BYTES, Message, tensors_of
 from lightning_dgl.distributed.watchdog import Watchdog
 from lightning_dgl.replay import ReplayBuffer
@@ -125,7 +125,8 @@ class Outbox(_End):
 
     def _packed(self, address: Address, items: Sequence[Tensor | Message]) -> Any:
         tensors = [_dense(tensor.detach()) for tensor in tensors_of(items)]
-        header = write_header(address, items[0] if isinstance(items[0], Message) else None, tensors)
+        message = items[0] if items and isinstance(items[0], Message) else None
+        header = write_header(address, message, tensors)
         event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
         return header, tensors, event
 
@@ -171,7 +172,8 @@ class Inbox(_End):
             raise RuntimeError(
                 f"The ranks have come apart: this one is at {address}, the one before it at {parcel.address}. They "
                 "must take the same number of batches; a callback or hook that stops, skips or limits must do so on "
-                "every rank (trainer.strategy.broadcast and reduce_boolean_decision agree on a decision)."
+                "every rank (trainer.strategy.broadcast and reduce_boolean_decision agree on a decision; "
+                "on_train_batch_start sees data on the first stage only)."
             )
         return self._usable(parcel.tensors)
 
@@ -246,6 +248,7 @@ class ReplayInbox(Inbox):
         self.buffer = buffer
         self._may_read = may_read
         self._newest: Address | None = None
+        self._ended: Address | None = None
         self._error: Exception | None = None
         self._is_closed = False
         self._arrival = threading.Condition()
@@ -267,6 +270,8 @@ class ReplayInbox(Inbox):
                 if not self._is_ready(address):
                     if self._is_closed:
                         raise _finished_before()
+                    if self._ended is not None and self._ended.epoch == address.epoch:
+                        self.get(address)  # raises: that epoch has ended before
                     self._arrival.wait(self._watchdog.interval)
                 if self._is_ready(address):
                     read.append(self.buffer.get(beyond_max_reuse=True))
@@ -284,6 +289,8 @@ class ReplayInbox(Inbox):
     @override
     def _deliver(self, parcel: Parcel | None) -> None:
         if parcel is None or not parcel.address.is_training:
+            if parcel is not None and parcel.address.phase == END_OF_EPOCH:
+                self._ended = parcel.address
             super()._deliver(parcel)
             return
         with self._arrival:

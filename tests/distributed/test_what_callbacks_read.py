@@ -1,0 +1,118 @@
+"""Whatever callbacks and hooks read on a rank is the run's, or says that it is not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dgl import DGLModule
+from tests.distributed.ranks import Launch, Run, dropout_module, fit
+from tests.distributed.training import weights_of
+from tests.runs import differences, loader, small_data
+
+
+class Reader(L.Callback):
+    """Reads weights, scores and logged values wherever the run's own are to be had, and tries to elsewhere."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.messages: set[str] = set()
+
+    def _read(self, when: str, trainer: L.Trainer, module: Any) -> None:
+        was_training = module.network.training
+        module.eval()
+        with torch.no_grad():
+            scores = [module.network(small_data(4).tensors[0]), module(small_data(4).tensors[0], block=1)]
+        module.train(was_training)
+        logged = {name: value.cpu() for name, value in trainer.callback_metrics.items() if "skipped" not in name}
+        self.seen.append((when, weights_of(module), scores, logged))
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read("epoch start", trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read("validation", trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read("epoch end", trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read("end", trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        run = pl_module.run
+        pl_module.log("mine/by_callback", float(trainer.global_step), batch_size=1)
+        pl_module.log("mine/rank", float(trainer.global_rank), sync_dist=True, batch_size=1)
+        assert all(p.isfinite().all() for j in run.stage.blocks for p in pl_module.block_parameters(j))
+        if not run.stage.is_split:
+            return
+        there = next(j for j in range(pl_module.num_blocks) if j not in run.stage.blocks)
+        weight = pl_module.block_parameters(there)[0]
+        assert (weight.shape, weight.requires_grad, "Block" in repr(weight)) == (weight.size(), True, True)
+        running_mean = next(
+            t for t in pl_module.block_tensors(there) if not t.is_floating_point() or not t.requires_grad
+        )
+        for read in (
+            *(pl_module.state_dict, lambda: weight.data, lambda: weight.grad, lambda: weight + 1, lambda: weight.sum()),
+            *(lambda: running_mean.clone(), lambda: pl_module.network.eval()(small_data(4).tensors[0])),
+            lambda: nn.utils.clip_grad_norm_(pl_module.parameters(), 1.0),
+        ):
+            with pytest.raises(RuntimeError) as caught:
+                read()
+            self.messages.add(re.sub(r"\d+", "N", str(caught.value)))
+        pl_module.train()
+        with pytest.raises(RuntimeError, match=r"trains only blocks .* cannot be called between training steps"):
+            pl_module(small_data(4).tensors[0])
+        if trainer.global_step == 7:
+            trainer.strategy.sync_blocks()  # type: ignore[attr-defined]
+            self.seen.append(weights_of(pl_module))
+
+
+class Logging(DGLModule):
+    """Logs for each block, where it is trained, and clips gradients in a hook."""
+
+    def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+        phase = "train" if self.trainer.training else "val"
+        self.log(f"mine/{phase}_block{block}", scores.detach().std(), batch_size=len(targets), on_epoch=True)
+        return super().local_loss(block, scores, targets)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="norm")
+
+
+def test_weights_and_values_are_those_of_the_run(launch: Launch) -> None:
+    def run(num_ranks: int) -> Run:
+        def act(trainer: L.Trainer) -> None:
+            fit(trainer, dropout_module(kind=Logging), (loader(38, shuffle=True), loader(20)))
+
+        return launch(num_ranks, act, callbacks=[Reader()], val_check_interval=3, num_sanity_val_steps=1)
+
+    one, several = run(1), run(3)
+    (expected,) = one.ranks
+    (moments,) = expected["seen"]
+    assert [moment[0] for moment in moments].count("validation") == 2 + 1
+    for rank, note in enumerate(several.ranks):
+        (seen,) = note["seen"]
+        synced = [moment for moment in seen if isinstance(moment, str)]
+        assert len(synced) == 1
+        seen = [moment for moment in seen if not isinstance(moment, str)]
+        assert [moment[:2] for moment in seen] == [moment[:2] for moment in moments]
+        for (when, _, scores, logged), (_, _, own_scores, own_logged) in zip(seen, moments, strict=True):
+            assert differences(scores, own_scores) == [], when
+            assert logged.pop("mine/rank", 1.0) == 1.0, when  # the mean over ranks 0, 1 and 2
+            own_logged = {name: value for name, value in own_logged.items() if name != "mine/rank"}
+            if when != "epoch start":
+                assert differences(logged, own_logged) == [], (rank, when)
+        assert differences(note["weights"], expected["weights"]) == []
+    names = {name for row in one.rows.values() for name in row} - {"mine/rank"}
+    assert {"mine/train_block3_step", "mine/train_block3_epoch", "mine/val_block3", "mine/by_callback"} <= names
+    for step, row in one.rows.items():
+        several_row = several.rows[step]
+        assert {k: v for k, v in several_row.items() if k != "mine/rank"} == {
+            k: v for k, v in row.items() if k != "mine/rank"
+        }
