@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -33,3 +36,24 @@ def one_per_block(name: str, factory: Any, num_blocks: int) -> list[Any]:
         if not callable(make):
             raise TypeError(f"{name} must be a callable (or a list of callables), got {type(make).__name__}.")
     return factories
+
+
+def describe(value: Any) -> str:
+    """Return what to call an argument that is a callable, a module, or a list of these, in a message."""
+    if isinstance(value, list):
+        return f"[{', '.join(describe(own) for own in value)}]"
+    if isinstance(value, partial):
+        given = [*map(repr, value.args), *(f"{name}={own!r}" for name, own in value.keywords.items())]
+        return f"{describe(value.func)}({', '.join(given)})"
+    return str(getattr(value, "__qualname__", None) or type(value).__name__)
+
+
+def warn_of_unsaved(saved: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """Warn of arguments that a checkpoint's module was given, and that the module that loads it was not."""
+    missing = [name for name in saved if name not in given]
+    if missing:
+        rank_zero_warn(
+            f"The checkpoint is of a module with {', '.join(f'{name}={saved[name]}' for name in missing)}, which "
+            "checkpoints do not hold; this one has the default. Pass the same to load_from_checkpoint, or to the "
+            f"module before fit: {', '.join(f'{name}=...' for name in missing)}."
+        )

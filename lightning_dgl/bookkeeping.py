@@ -155,6 +155,7 @@ class Bookkeeping(Callback):
             scalers["blocks"] = [scaler for _, scaler, _, _ in of_blocks]
         checkpoint[KEY] = {
             "block_names": pl_module.block_names,
+            "unsaved_arguments": pl_module.unsaved_arguments,
             "random_state": random_state,
             "progress": [progress for _, _, progress, _ in of_blocks],
             "codecs": [codec for _, _, _, codec in of_blocks],

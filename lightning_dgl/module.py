@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
-from lightning_dgl._arguments import check_choice, check_length, one_per_block
+from lightning_dgl._arguments import check_choice, check_length, describe, one_per_block, warn_of_unsaved
 from lightning_dgl.address import current_address
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
@@ -134,7 +134,15 @@ class DGLModule(LightningModule):
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be an nn.Module, got {type(network).__name__}.")
         example_input = example_batch(network, example_input)
-        given = {"num_blocks": num_blocks, "split_at": split_at, "head": head if isinstance(head, str) else None}
+        given: dict[str, Any] = {
+            "num_blocks": num_blocks,
+            "split_at": split_at,
+            "head": head if isinstance(head, str) else None,
+        }
+        given["example_input"] = list(example_input.shape) if example_input.dtype == torch.float32 else None
+        unsaved: dict[str, Any] = {"head": None if isinstance(head, str) else head, "loss": loss, "metrics": metrics}
+        unsaved |= {"optimizer": None if optimizer is sgd else optimizer, "lr_scheduler": lr_scheduler}
+        self.unsaved_arguments = {name: describe(value) for name, value in unsaved.items() if value is not None}
         choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite, "compile": compile}
         self.save_hyperparameters({k: v for k, v in given.items() if v is not None} | choices)
 
@@ -482,7 +490,7 @@ class DGLModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load as in Lightning; pass at least ``network`` and ``example_input``, which a checkpoint does not hold."""
+        """Load as in Lightning; pass ``network``, and whatever a warning names, which a checkpoint does not hold."""
         if kwargs.get("split_at") is not None or kwargs.get("num_blocks") is not None:
             kwargs = {"split_at": None, "num_blocks": None, **kwargs}
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
@@ -490,10 +498,11 @@ class DGLModule(LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the names of the blocks to a checkpoint of weights only, so that loading can compare them."""
-        checkpoint.setdefault(KEY, {"block_names": self.block_names})
+        checkpoint.setdefault(KEY, {"block_names": self.block_names})["unsaved_arguments"] = self.unsaved_arguments
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError unless a checkpoint's blocks are this module's."""
         if KEY in checkpoint:
             check_block_names(checkpoint[KEY]["block_names"], self.block_names)
+            warn_of_unsaved(checkpoint[KEY].get("unsaved_arguments", {}), self.unsaved_arguments)

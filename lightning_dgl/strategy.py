@@ -202,7 +202,8 @@ class DGLStrategy(RankStrategy):
         take_over(self._module.trainer, self.cluster_environment)
         check_ranks(self._module.trainer, stage.is_split, stage.is_replicated)
         name = type(self._module).__name__
-        if stage.is_split and type(self._module).training_step is not DGLModule.training_step:
+        fits = self._module.trainer.state.fn == TrainerFn.FITTING
+        if fits and stage.is_split and type(self._module).training_step is not DGLModule.training_step:
             raise ValueError(
                 f"{name} overrides training_step, but only the first stage gets data there: on the other ranks a batch "
                 "is what the stage before sends. Prepare batches in on_after_batch_transfer, change losses in "

@@ -116,3 +116,78 @@ def test_weights_and_values_are_those_of_the_run(launch: Launch) -> None:
         assert {k: v for k, v in several_row.items() if k != "mine/rank"} == {
             k: v for k, v in row.items() if k != "mine/rank"
         }
+
+
+# Finetuning
+
+
+class Backbone(DGLModule):
+    backbone = property(lambda self: self.network[:9])  # in blocks 0, 1 and 2
+
+
+def test_a_backbone_is_unfrozen(launch: Launch) -> None:
+    def run(num_ranks: int) -> Run:
+        def act(trainer: L.Trainer) -> None:
+            fit(trainer, dropout_module(kind=Backbone, optimizer=adam), (loader(38, shuffle=True), loader(20)))
+
+        return launch(num_ranks, act, callbacks=[BackboneFinetuning(1, backbone_initial_lr=0.001)], max_epochs=3)
+
+    assert_same_outcome(run(2), run(1))
+
+
+# Batches that are skipped
+
+
+class Skipping(DGLModule):
+    """Ends epochs early, on some ranks."""
+
+    ranks: tuple[int, ...] = (0, 1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 3 and self.trainer.global_rank in self.ranks else None
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_an_epoch_may_end_early_on_every_rank(schedule: str, launch: Launch) -> None:
+    def run(num_ranks: int) -> Run:
+        strategy = {"strategy": DGLStrategy("async", timeout=60, start_method="fork")} if schedule == "async" else {}
+        data = (loader(48), loader(20))
+        return launch(num_ranks, lambda t: fit(t, dropout_module(2, kind=Skipping), data), **strategy)
+
+    several = run(2)
+    assert [note["progress"] for note in several.ranks] == [(6, 2)] * 2
+    if schedule == "sync":
+        assert_same_outcome(several, run(1))
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_epoch_that_ends_early_on_one_rank_is_an_error_at_once(rank: int, schedule: str, launch: Launch) -> None:
+    strategy = DGLStrategy(schedule, timeout=3600, start_method="fork")
+
+    def act(trainer: L.Trainer) -> None:
+        module = dropout_module(2, kind=Skipping)
+        module.ranks = (rank,)
+        fit(trainer, module, (loader(48), loader(20)))
+
+    with pytest.raises(RuntimeError, match=r"ranks have come apart: .*(the end of epoch 0, after batch|is at batch 3)"):
+        launch(2, act, strategy=strategy)
+
+
+def _without_one(samples: Any) -> Any:
+    return None if samples[0][1] == 0 else torch.utils.data.default_collate(samples)
+
+
+class OwnStep(DGLModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_would_part_the_ranks_is_refused(launch: Launch) -> None:
+    data = (loader(38, batch_size=2, collate_fn=_without_one),)
+    with pytest.raises(
+        ValueError, match=r"A batch is None, which Lightning skips on the rank that reads the data only"
+    ):
+        launch(2, lambda trainer: fit(trainer, dropout_module(2), data))
+    with pytest.raises(ValueError, match=r"OwnStep overrides training_step, .* on_after_batch_transfer, .*local_loss"):
+        launch(2, lambda trainer: fit(trainer, dropout_module(2, kind=OwnStep), (loader(),)))
