@@ -40,7 +40,7 @@ def log_step(module: LightningModule, run: Run, batch_idx: int, steps: Mapping[i
     if shown:
         batch_size = len(next(iter(steps.values())).targets)
         log_values(module, "train", shown, on_step=True, on_epoch=False, batch_size=batch_size)
-    for name, value in log_reports(trainer, run).items():
+    for name, value in log_reports(trainer, run, before=trainer.global_step).items():
         if name != "epoch":
             module.log(name, value, prog_bar=is_headline(name), logger=False, on_step=True, on_epoch=False)
 
@@ -64,10 +64,16 @@ def log_epoch(module: LightningModule, run: Run, phase: str, values: Mapping[str
         module.trainer.callback_metrics  # noqa: B018 (computes the values, while the advice is suppressed)
 
 
-def log_reports(trainer: Trainer, run: Run) -> dict[str, float]:
-    """Log what later stages have reported, under the step at which they measured it; return the latest of it."""
+def log_reports(trainer: Trainer, run: Run, before: float = float("inf")) -> dict[str, float]:
+    """Log what later stages have reported, under the step at which they measured it; return the latest of it.
+
+    Args:
+        trainer: that runs.
+        run: of this rank.
+        before: leave reports of this step and later ones: what rank 0 logs in these steps itself is not known yet.
+    """
     latest: dict[str, float] = {}
-    for report in run.stage.reports():
+    for report in run.stage.reports(before):
         # What rank 0 logs itself under the same name counts.
         own = {name for name, item in logged_in_steps(trainer, on_step=True).items() if item.for_loggers}
         values = {name: value for name, value in report.values.items() if name == "epoch" or name not in own}

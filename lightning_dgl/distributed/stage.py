@@ -104,8 +104,8 @@ class Stage:
     def report(self, report: Report) -> None:
         """Send training values to rank 0, without waiting."""
 
-    def reports(self) -> Iterator[Report]:
-        """Yield, on rank 0, the reports that have arrived since the last call."""
+    def reports(self, before: float = float("inf")) -> Iterator[Report]:
+        """Yield, on rank 0, the reports of steps ``before`` this one that have arrived and were not yielded yet."""
         return iter(())
 
     def synchronise(self, metrics: nn.Module) -> None:
@@ -238,11 +238,14 @@ class DistributedStage(Stage):
             self._num_sent += 1
 
     @override
-    def reports(self) -> Iterator[Report]:
+    def reports(self, before: float = float("inf")) -> Iterator[Report]:
         if self.topology.rank == 0:
             for stage in range(1, self.topology.num_stages):
                 while self._store.check([key := self._report_key(stage, self._num_received[stage])]):
-                    yield Report(*json.loads(self._store.get(key)))
+                    report = Report(*json.loads(self._store.get(key)))
+                    if report.step >= before:
+                        break
+                    yield report
                     self._store.delete_key(key)
                     self._num_received[stage] += 1
 

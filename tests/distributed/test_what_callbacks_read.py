@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import Tensor, nn
 
-from lightning_dgl import DGLModule
-from tests.distributed.ranks import Launch, Run, dropout_module, fit
+from lightning_dgl import DGLModule, DGLStrategy
+from tests.distributed.ranks import Launch, Run, assert_same_outcome, dropout_module, fit
 from tests.distributed.training import weights_of
-from tests.runs import differences, loader, small_data
+from tests.runs import adam, differences, loader, small_data
 
 
 class Reader(L.Callback):
