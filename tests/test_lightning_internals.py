@@ -157,3 +157,20 @@ def test_no_other_file_uses_private_names_of_lightning() -> None:
         for match in private.finditer(path.read_text())
     ]
     assert found == []
+
+
+def test_what_was_logged_can_be_read_and_replaced(make_trainer: MakeTrainer) -> None:
+    class Logging(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            pl_module.log("mine", float(trainer.global_step), on_step=True, on_epoch=True, batch_size=1)
+
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            steps = lightning_internals.logged_in_steps(trainer, on_step=True)
+            epoch = lightning_internals.logged_values(trainer)
+            assert (steps["mine_step"].value, steps["mine_step"].for_loggers) == (5.0, True)
+            assert (epoch["mine_epoch"].value, epoch["mine"].for_loggers) == (3.0, False)
+            lightning_internals.replace_logged(trainer, {"mine_epoch": Tensor([7.0])})
+
+    trainer = make_trainer(callbacks=[Logging()])
+    trainer.fit(make_module(), loader())
+    assert trainer.callback_metrics["mine_epoch"] == 7.0
