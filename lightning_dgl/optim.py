@@ -202,6 +202,9 @@ class BlockOptimizer(Optimizer):
             self._places.append([(j, len(self.optimizers[j].param_groups)) for j in own])
             for j, part in own.items():
                 self.optimizers[j].param_groups.append(part)
+                # A resumed finetuning callback restores groups that it had unfrozen; its set-up has frozen them again.
+                for parameter in part["params"]:
+                    parameter.requires_grad_(True)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:

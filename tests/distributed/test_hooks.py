@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Any
 
 import lightning as L
@@ -12,7 +10,7 @@ import torch
 
 from lightning_dgl import DGLModule
 from tests.distributed.ranks import Launch, Run, assert_same_outcome, dropout_module, fit
-from tests.runs import differences, loader, small_data
+from tests.runs import differences, loader
 
 
 class StopAt(L.Callback):
@@ -38,48 +36,6 @@ def test_a_callback_may_stop_within_an_epoch(launch: Launch) -> None:
     for note in several.ranks:
         for what in ("weights", "metrics", "progress"):
             assert differences(note[what], one.ranks[0][what]) == []
-
-
-class Caller(L.Callback):
-    """Calls the module in the middle of a run, and after it."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, Any] = {}
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self._call("train", pl_module)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._call("val", pl_module)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seen["after"] = pl_module.eval()(small_data(4).tensors[0])
-
-    def _call(self, when: str, module: Any) -> None:
-        for call in (module, module.block_scores, module.ensemble, lambda x: module(x, block=0)):
-            with pytest.raises(RuntimeError) as caught:
-                call(small_data(4).tensors[0])
-            self.seen.setdefault(when, set()).add(str(caught.value))
-
-
-def test_the_module_cannot_be_called_while_other_ranks_train_parts_of_it(launch: Launch) -> None:
-    run = launch(3, lambda trainer: fit(trainer, dropout_module(), (loader(16), loader(8))), callbacks=[Caller()])
-    module = run.result.eval()
-    scores = module(small_data(4).tensors[0])
-    blocks = []
-    for note in run.ranks:
-        (seen,) = note["seen"]
-        (message,) = seen["train"]
-        assert seen["val"] == {message}
-        found = re.fullmatch(
-            r"This rank holds only blocks (\[.*\]) of 4 while the Trainer runs, so the module cannot be called. Use "
-            r"trainer.validate, test or predict, or call it after fit.",
-            message,
-        )
-        assert found is not None
-        blocks += json.loads(found[1])
-        assert torch.equal(seen["after"], scores)
-    assert blocks == [0, 1, 2, 3]
 
 
 # Hooks on batches
