@@ -187,7 +187,7 @@ class OwnStep(DGLModule):
 def test_what_would_part_the_ranks_is_refused(launch: Launch) -> None:
     data = (loader(38, batch_size=2, collate_fn=_without_one),)
     with pytest.raises(
-        ValueError, match=r"A batch is None, which Lightning skips on the rank that reads the data only"
+        RuntimeError, match=r"A batch is None, which Lightning skips on the rank that reads the data only"
     ):
         launch(2, lambda trainer: fit(trainer, dropout_module(2), data))
     with pytest.raises(
