@@ -15,10 +15,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dgl.address import current_address
-from lightning_dgl.checks import check_block_names, check_fit, check_has_length, check_not_empty
+from lightning_dgl.checks import (
+    check_block_names,
+    check_fit,
+    check_has_length,
+    check_not_empty,
+    check_validates_each_epoch,
+)
 from lightning_dgl.logs import log_epoch, log_reports
 from lightning_dgl.optim import BlockGradScaler
 from lightning_dgl.run import Run
@@ -62,7 +69,6 @@ class Bookkeeping(Callback):
         if pl_module.streams.seed is None:
             pl_module.streams.seed = run.stage.agree(torch.initial_seed())
         if run.random_state is not None:
-            pl_module.streams.load(run.random_state.get("blocks", []))
             # A run that was saved between epochs now draws the seed of the data loader.
             set_random_state(run.random_state, pl_module.device)
 
@@ -76,6 +82,8 @@ class Bookkeeping(Callback):
         run.random_state = None
         if run.schedule.counts_own_epochs:
             check_has_length(trainer)
+        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+            check_validates_each_epoch(trainer)
 
     @override
     @_for_dgl_modules
@@ -99,7 +107,22 @@ class Bookkeeping(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         note_step(trainer, pl_module.run, batch_idx)
 
-    # Metrics
+    # Metrics, which count anew: finders of learning rates and batch sizes take steps while no callback looks on
+
+    @override
+    @_for_dgl_modules
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.run.metrics.pop("train")
+
+    @override
+    @_for_dgl_modules
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.run.metrics.pop("val")
+
+    @override
+    @_for_dgl_modules
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.run.metrics.pop("test")
 
     @override
     @_for_dgl_modules
@@ -121,6 +144,9 @@ class Bookkeeping(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         share(trainer, pl_module, pl_module.run, training=False)  # type: ignore[arg-type]
         _log_metrics(pl_module, "val", trainer.num_val_batches)
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau:  # the number of loaders is known only now
+                config.monitor = "val/loss" if len(trainer.num_val_batches) == 1 else "val/loss/dataloader_idx_0"
 
     @override
     @_for_dgl_modules
@@ -132,9 +158,24 @@ class Bookkeeping(Callback):
 
     @override
     @_for_dgl_modules
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let no callback fail to save a checkpoint, which would hide the failure that it is told of."""
+        if hasattr(trainer.strategy, "forgo_checkpoints"):
+            trainer.strategy.forgo_checkpoints(trainer)
+
+    @override
+    @_for_dgl_modules
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save which blocks there are, and all that lets a resumed run continue as if it had not been interrupted."""
-        run: Run = pl_module.run
+        run: Run | None = pl_module.run
+        if run is None:  # the process that has forked ranks; how far they have come ended with them
+            for name in ("optimizer_states", "lr_schedulers", "callbacks", "loops"):
+                checkpoint.pop(name, None)
+            rank_zero_warn(
+                "Only weights are saved: optimizers were in the processes that trained, which have ended. To resume "
+                "from a checkpoint, let ModelCheckpoint save it while training."
+            )
+            return
         num_blocks, streams = pl_module.num_blocks, pl_module.streams
         random_state: dict[str, Any] = get_random_state(pl_module.device)
         scalers: dict[str, Any] = checkpoint.get(type(trainer.precision_plugin).__qualname__, {})
@@ -173,6 +214,7 @@ class Bookkeeping(Callback):
             return
         run: Run = pl_module.run
         run.random_state = saved["random_state"]
+        pl_module.streams.load(saved["random_state"].get("blocks", []))
         pl_module.progress = [Progress(**progress) for progress in saved.get("progress", [])] or pl_module.progress
         run.schedule.load_state_dict(saved.get("schedule", {}))
         for link, state in zip(run.links[1:], saved.get("codecs", []), strict=False):

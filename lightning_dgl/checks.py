@@ -14,8 +14,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BasePredictionWriter,
+    BatchSizeFinder,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -24,7 +27,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dgl._version import __version__
-from lightning_dgl.lightning_internals import saves_every_n_train_steps, synchronises_batchnorm
+from lightning_dgl.lightning_internals import (
+    saves_every_n_train_steps,
+    synchronises_batchnorm,
+    validates_by_the_clock,
+)
 from lightning_dgl.optim import BlockOptimizer, BlockParameters
 from lightning_dgl.schedules import Schedule
 from lightning_dgl.splitting import SplitPoint, in_mode, output_shape, preserved_state
@@ -204,6 +211,19 @@ def check_fit(trainer: Trainer, schedule: Schedule) -> None:
             "Pass a validation data loader, or another scheduler."
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks if schedule.counts_own_epochs else ():
+        name, schedule_name = type(callback).__name__, type(schedule).__name__
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+            raise ValueError(
+                f"{name} measures steps in which all blocks train, but with the {schedule_name} schedule in one "
+                "process not all of them do in every step. Let it find the value with DGLStrategy('sync'), and pass "
+                "that value."
+            )
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ValueError(
+                f"{name} goes by the Trainer's epochs, but with the {schedule_name} schedule in one process each block "
+                "counts its own. Train with DGLStrategy('sync'), or without it."
+            )
     accumulates = trainer.accumulate_grad_batches > 1 or any(
         isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
     )
@@ -211,6 +231,19 @@ def check_fit(trainer: Trainer, schedule: Schedule) -> None:
         raise ValueError(
             "accumulate_grad_batches counts batches of data, but with the asynchronous schedule in one process a "
             "block is updated whenever it is drawn. Pass accumulate_grad_batches=1, or train on several ranks."
+        )
+
+
+def check_validates_each_epoch(trainer: Trainer) -> None:
+    """Raise ValueError if epochs end without the validation that ReduceLROnPlateau waits for."""
+    every = trainer.val_check_batch
+    by_the_clock = validates_by_the_clock(trainer)
+    if by_the_clock or (trainer.check_val_every_n_epoch is None and every > trainer.num_training_batches):  # type: ignore[operator]
+        raise ValueError(
+            "lr_scheduler is ReduceLROnPlateau, which watches the validation loss at the end of epochs, but with "
+            f"val_check_interval={'a time' if by_the_clock else every} an epoch of {trainer.num_training_batches} "
+            "batches may end without a validation. Validate at the end of epochs (val_check_interval=1.0, "
+            "check_val_every_n_epoch=1), or pass another scheduler."
         )
 
 
@@ -281,7 +314,7 @@ def fingerprint(
         "schedule": type(schedule).__name__,
         "codec": repr(codec),
         "data_parallel_size": num_replicas,
-    } | {f"Trainer({flag})": getattr(module.trainer, flag) for flag in _TRAINER_FLAGS}
+    } | {f"Trainer({flag})": getattr(module.trainer, flag, None) for flag in _TRAINER_FLAGS}
 
 
 def check_same(fingerprints: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
@@ -308,6 +341,11 @@ def _first_difference(value: Any, other: Any) -> tuple[Any, Any]:
 
 def check_ranks(trainer: Trainer, is_split: bool, is_replicated: bool) -> None:
     """Raise ValueError for what the Trainer is asked to do but cannot, with several stages or replicas."""
+    if validates_by_the_clock(trainer):
+        raise ValueError(
+            "val_check_interval is a time, which passes on each rank at another batch, but all ranks must validate at "
+            "the same. Pass a number of batches, or a part of an epoch."
+        )
     if is_replicated and synchronises_batchnorm(trainer):
         raise ValueError(
             "sync_batchnorm=True is not supported with data_parallel_size > 1: BatchNorm counts what its own replica "
@@ -322,10 +360,15 @@ def check_ranks(trainer: Trainer, is_split: bool, is_replicated: bool) -> None:
             )
     for callback in callbacks if is_split else ():
         name = type(callback).__name__
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging, ModelPruning)):
             raise ValueError(
-                f"{name} averages the weights of the whole network, of which each rank trains some blocks only. Train "
-                "on one device, or without it."
+                f"{name} needs the weights of the whole network, of which each rank trains some blocks only. Train on "
+                "one device, or without it."
+            )
+        if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+            raise ValueError(
+                f"{name} measures steps in which one process trains the whole network. Let it find the value on one "
+                "device, and pass that value."
             )
         if isinstance(callback, BasePredictionWriter) and callback.interval.on_batch:
             raise ValueError(

@@ -44,6 +44,7 @@ __all__ = [
     "skips_backward",
     "synchronises_batchnorm",
     "take_over",
+    "validates_by_the_clock",
 ]
 
 OVERRIDDEN: dict[type, Sequence[str]] = {
@@ -116,6 +117,11 @@ def set_predictions(trainer: Trainer, predictions: Sequence[tuple[int, Any]]) ->
 def saves_every_n_train_steps(callback: ModelCheckpoint) -> int:
     """Return every how many training steps a ModelCheckpoint saves; 0 if it goes by epochs."""
     return callback._every_n_train_steps
+
+
+def validates_by_the_clock(trainer: Trainer) -> bool:
+    """Return whether ``Trainer(val_check_interval=...)`` is a time."""
+    return trainer._val_check_time_interval is not None
 
 
 def synchronises_batchnorm(trainer: Trainer) -> bool:

@@ -86,7 +86,7 @@ class DGLModule(LightningModule):
             and weight decay 5e-4. It gets the parameters of one block and its head, must train these and no others
             (frozen ones may be left out), and has their names from ``params.named()``: (name, parameter) pairs.
         lr_scheduler: callable ``optimizer -> LRScheduler``, or a list of J. ReduceLROnPlateau of block j watches
-            ``val/loss_block{j}``.
+            ``val/loss_block{j}``, with several validation loaders that of the first.
         lr_interval: whether schedulers step each "epoch" or each "step".
         metrics: a torchmetrics metric or collection, cloned for every block; top-1 accuracy by default.
         balance: what ``num_blocks`` balances: "flops", "memory" held for backward, or measured "time"; heads count.
@@ -437,7 +437,8 @@ class DGLModule(LightningModule):
         assert self.run is not None
         schedule = self.run.schedule
         if metric is not None:
-            watched = {j: self.trainer.callback_metrics[f"val/loss_block{j}"] for j in range(self.num_blocks)}
+            suffix = str(self.trainer.lr_scheduler_configs[0].monitor).removeprefix("val/loss")
+            watched = {j: self.trainer.callback_metrics[f"val/loss_block{j}{suffix}"] for j in range(self.num_blocks)}
             only = schedule.only_block(self.trainer.current_epoch)
             scheduler.step(watched if only is None else {only: watched[only]})
         elif schedule.counts_own_epochs:

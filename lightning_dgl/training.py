@@ -157,11 +157,19 @@ def _update(module: Trainable, run: Run, block: int, step: LocalStep) -> None:
 
 
 def step_lr_scheduler(module: Trainable, block: int) -> None:
-    """Step the scheduler of a block that counts its own epochs, if one has ended or it steps after every update."""
-    for config in module.trainer.lr_scheduler_configs:
+    """Step the scheduler of a block that counts its own epochs, if one has ended or it steps after every update.
+
+    A block that trains more often than batches come stays at its last rate: schedulers end with the training, and some
+    raise an error when they are stepped beyond their end.
+    """
+    trainer, updates = module.trainer, module.progress[block].updates
+    ends_epoch = updates % trainer.num_training_batches == 0
+    is_past_end = updates > trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    if is_past_end or not (module.lr_interval == "step" or ends_epoch):
+        return
+    for config in trainer.lr_scheduler_configs:
         assert isinstance(config.scheduler, BlockLRScheduler)
-        ends_epoch = module.progress[block].updates % module.trainer.num_training_batches == 0
-        if (module.lr_interval == "step" or ends_epoch) and not config.reduce_on_plateau:
+        if not config.reduce_on_plateau:
             config.scheduler.schedulers[block].step()  # type: ignore[call-arg]
 
 

@@ -138,6 +138,12 @@ def test_saving_every_n_steps_is_seen() -> None:
     assert steps(ModelCheckpoint(every_n_epochs=1)) == 0, f"ModelCheckpoint {VERSION}"
 
 
+def test_validation_by_the_clock_is_seen(make_trainer: MakeTrainer) -> None:
+    for interval, by_the_clock in (("00:01:00:00", True), (2, False)):
+        trainer = make_trainer(val_check_interval=interval)
+        assert lightning_internals.validates_by_the_clock(trainer) is by_the_clock, f"val_check_interval {VERSION}"
+
+
 def test_synchronised_batchnorm_is_seen(make_trainer: MakeTrainer) -> None:
     for flag in (True, False):
         trainer = make_trainer(strategy=DGLStrategy(), devices=2, sync_batchnorm=flag)

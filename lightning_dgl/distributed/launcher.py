@@ -56,6 +56,9 @@ class RankLauncher(MultiProcessingLauncher):
                         f"{name} exited without an error message; the run was stopped: {error}."
                     ) from None
                 raise
+            finally:
+                if trainer is not None:  # as Lightning does in each rank; here are the weights that they end with
+                    trainer.lightning_module.trainer = trainer
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
@@ -54,6 +55,7 @@ class RankStrategy(ParallelStrategy):
         self._start_method = start_method
         self._process_group_backend = process_group_backend
         self._predictions: list[tuple[int, Any]] = []
+        self._forgone: list[ModelCheckpoint] = []
 
     @property
     def stage(self) -> Stage:
@@ -114,6 +116,11 @@ class RankStrategy(ParallelStrategy):
             return
         assert self.cluster_environment is not None
         if self._start_method == "popen":
+            if hasattr(sys, "ps1") and not self.cluster_environment.creates_processes_externally:
+                raise ValueError(
+                    f"start_method='popen' runs a script once for each of {self.num_ranks} ranks, but this is a "
+                    "notebook or an interactive session. Pass DGLStrategy(start_method='fork')."
+                )
             self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
             self._launcher = RankLauncher(self, self._start_method, self.fail, self._name_of_process)
@@ -130,8 +137,26 @@ class RankStrategy(ParallelStrategy):
             rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         super().setup_environment()
 
+    def forgo_checkpoints(self, trainer: Trainer) -> None:
+        """Let callbacks save nothing while they are told of a failure: what other ranks hold is out of reach then.
+
+        They would fail, and hide the failure that they are told of.
+        """
+        if self.num_ranks == 1:
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._forgone = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
+        for callback in self._forgone:  # one would remove its last checkpoint for the one that is not saved
+            callback.save_on_exception = False
+            _warn_that_nothing_is_saved()
+        trainer.save_checkpoint = _warn_that_nothing_is_saved  # type: ignore[method-assign]
+
     @override
     def on_exception(self, exception: BaseException) -> None:
+        if self.lightning_module is not None:
+            vars(self.lightning_module.trainer).pop("save_checkpoint", None)
+        for callback in self._forgone:
+            callback.save_on_exception = True
         self.fail(exception)
         if self._launcher is not None:
             self._launcher.kill(signal.SIGKILL)
@@ -178,6 +203,13 @@ class RankStrategy(ParallelStrategy):
         predictions, self._predictions = stage.from_last_stage(self._predictions), []
         set_predictions(trainer, predictions[:-1])
         return predictions[-1][1]
+
+
+def _warn_that_nothing_is_saved(*_: Any, **__: Any) -> None:
+    rank_zero_warn(
+        "No checkpoint is saved after a failure on several ranks: the blocks of other ranks are out of reach. Resume "
+        "from the last one saved."
+    )
 
 
 def _writes_predictions(trainer: Trainer) -> bool:

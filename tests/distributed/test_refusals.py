@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
     ),
     "averaged weights": (
         lambda rank: fit(callbacks=[StochasticWeightAveraging(1e-2)]),
-        "StochasticWeightAveraging averages the weights of the whole network",
+        "StochasticWeightAveraging needs the weights of the whole network",
     ),
     "writing predictions batch by batch": (
         lambda rank: predict(),
