@@ -27,11 +27,17 @@ def check_length(name: str, values: Sequence[Any], expected: int, why: str) -> N
         raise ValueError(f"{name} is a list of {len(values)}, but must have {expected}: {why}.")
 
 
+def plain_list(value: Any) -> Any:
+    """Return a sequence such as a list of OmegaConf's as a list; anything else, also a string, as it is."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
 def one_per_block(name: str, factory: Any, num_blocks: int) -> list[Any]:
     """Return ``factory``, a callable or a list of callables, as a list with one callable for each block."""
-    if isinstance(factory, (list, tuple)):
+    factory = plain_list(factory)
+    if isinstance(factory, list):
         check_length(name, factory, num_blocks, "one for each block")
-    factories = list(factory) if isinstance(factory, (list, tuple)) else [factory] * num_blocks
+    factories = factory if isinstance(factory, list) else [factory] * num_blocks
     for make in factories:
         if not callable(make):
             raise TypeError(f"{name} must be a callable (or a list of callables), got {type(make).__name__}.")

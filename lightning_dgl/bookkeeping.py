@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_dgl.address import current_address
 from lightning_dgl.checks import (
+    check_batch_sizes,
     check_block_names,
     check_fit,
     check_has_length,
@@ -54,6 +55,9 @@ class Bookkeeping(Callback):
     @_for_dgl_modules
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         pl_module.start_run_if_none()
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if datamodule is not None:
+            pl_module.leave_to(datamodule)
 
     @override
     @_for_dgl_modules
@@ -74,12 +78,13 @@ class Bookkeeping(Callback):
 
     @override
     @_for_dgl_modules
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run: Run = pl_module.run  # type: ignore[assignment]
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        run: Run = pl_module.run
         if run.random_state is not None and trainer.fit_loop.restarted_mid_epoch:
             # A run that was saved within an epoch had drawn that seed before.
             set_random_state(run.random_state, pl_module.device)
         run.random_state = None
+        check_batch_sizes(trainer, pl_module.heads)
         if run.schedule.counts_own_epochs:
             check_has_length(trainer)
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):

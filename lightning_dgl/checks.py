@@ -5,7 +5,8 @@ Errors name the argument, its value and what to do. Whatever is known at the sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from contextlib import nullcontext
 from typing import Any
 
 import lightning
@@ -25,6 +26,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_dgl._version import __version__
 from lightning_dgl.lightning_internals import (
@@ -126,6 +128,43 @@ def check_optimizer(block: int, name: str, optimizer: Any, parameters: Sequence[
         )
 
 
+def check_loss(loss: Any, num_classes: int, device: torch.device) -> None:
+    """Try ``loss`` on class scores (2, classes).
+
+    Raises:
+        TypeError: if it cannot be called.
+        ValueError: if it has parameters, or returns something other than a scalar.
+    """
+    if isinstance(loss, type) or not callable(loss):
+        name = loss.__name__ if isinstance(loss, type) else type(loss).__name__
+        raise TypeError(f"loss must be a callable (scores, targets) -> scalar, got {name}. Pass one, such as {name}().")
+    if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
+        raise ValueError(
+            f"loss ({type(loss).__name__}) has parameters, which no block trains. Put them into the heads."
+        )
+    scores = torch.zeros(2, num_classes, device=device)
+    devices = [] if device.type == "cpu" else [device]
+    kept = preserved_state(loss) if isinstance(loss, nn.Module) else nullcontext()
+    with kept, torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        for targets in (torch.zeros(2, dtype=torch.long, device=device), scores.softmax(dim=1)):
+            try:
+                value = loss(scores, targets)
+            except Exception:  # it may want targets of another kind
+                continue
+            if not isinstance(value, Tensor) or value.ndim > 0:
+                raise ValueError(f"loss must return a scalar, got {_describe(value)}. {_AVERAGE}")
+
+
+def check_scalar(loss: Any, block: int) -> Tensor:
+    """Return the local loss of ``block``; raise ValueError unless it is a scalar."""
+    if isinstance(loss, Tensor) and loss.ndim == 0:
+        return loss
+    raise ValueError(f"The local loss of block {block} must be a scalar, got {_describe(loss)}. {_AVERAGE}")
+
+
+_AVERAGE = "Average over the samples (losses of PyTorch: reduction='mean')."
+
+
 # Batches
 
 
@@ -161,7 +200,7 @@ def check_batch(batch: Any, batch_idx: int, num_classes: int, ignore_index: int 
     return inputs, targets
 
 
-def check_sample_size(inputs: Tensor, heads: nn.Module) -> None:
+def check_sample_size(inputs: Sized, heads: nn.Module) -> None:
     """Raise ValueError if BatchNorm in a head would have to train on a single sample."""
     if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in heads.modules()):
         raise ValueError(
@@ -170,7 +209,20 @@ def check_sample_size(inputs: Tensor, heads: nn.Module) -> None:
         )
 
 
+def check_batch_sizes(trainer: Trainer, heads: nn.Module) -> None:
+    """Raise ValueError if the training data loader is going to yield a single sample that BatchNorm cannot train on."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate or loader.batch_size is None:
+        return
+    sampler: Any = loader.sampler
+    left = 0 if loader.drop_last or not hasattr(sampler, "__len__") else len(sampler) % loader.batch_size
+    if loader.batch_size == 1 or (left == 1 and trainer.num_training_batches == len(loader)):
+        check_sample_size([None], heads)
+
+
 def _describe(batch: Any) -> str:
+    if isinstance(batch, Tensor) and batch.ndim > 0:
+        return f"a tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
     return type(batch).__name__

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from lightning_dgl.address import Address
+from lightning_dgl.checks import check_scalar
 from lightning_dgl.metrics import add_vote, class_indices
 from lightning_dgl.run import Run
 
@@ -41,7 +42,7 @@ def evaluate(module: Scorer, run: Run, phase: str, address: Address) -> int:
         x = module.blocks[j](x)
         scores = module.score(j, x)
         votes = add_vote(votes, j, scores)
-        metrics.update(j, module.local_loss(j, scores, targets), scores, classes)
+        metrics.update(j, check_scalar(module.local_loss(j, scores, targets), j), scores, classes)
     assert votes is not None
     metrics.update_ensemble(votes, classes)
     run.outgoing.put(address, (x, targets, votes))

@@ -7,7 +7,7 @@ private methods that classes of this package override are in ``OVERRIDDEN``.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ __all__ = [
     "MultiProcessingLauncher",
     "SubprocessScriptLauncher",
     "collect_random_states",
+    "do_not_log_hparams",
     "init_process_group",
     "logged_in_steps",
     "logged_values",
@@ -119,9 +120,17 @@ def saves_every_n_train_steps(callback: ModelCheckpoint) -> int:
     return callback._every_n_train_steps
 
 
+def do_not_log_hparams(module: LightningModule, names: Iterable[str]) -> None:
+    """Keep hyperparameters of ``module`` out of what loggers are given; checkpoints hold them all the same."""
+    initial: Any = getattr(module, "_hparams_initial", {})
+    for name in names:
+        initial.pop(name, None)
+
+
 def validates_by_the_clock(trainer: Trainer) -> bool:
     """Return whether ``Trainer(val_check_interval=...)`` is a time."""
-    return trainer._val_check_time_interval is not None
+    interval: float | None = trainer._val_check_time_interval  # type: ignore[attr-defined]
+    return interval is not None
 
 
 def synchronises_batchnorm(trainer: Trainer) -> bool:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
-from lightning_dgl._arguments import check_choice, check_length, describe, one_per_block, warn_of_unsaved
+from lightning_dgl._arguments import check_choice, check_length, describe, one_per_block, plain_list, warn_of_unsaved
 from lightning_dgl.address import current_address
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
@@ -21,6 +21,7 @@ from lightning_dgl.checks import (
     check_batch,
     check_block_names,
     check_head,
+    check_loss,
     check_optimizer,
     check_sample_size,
     check_strategy,
@@ -29,6 +30,7 @@ from lightning_dgl.checks import (
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
 from lightning_dgl.heads import HeadFactory, head_factory
+from lightning_dgl.hyperparameters import WithHyperparameters
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
@@ -59,7 +61,7 @@ from lightning_dgl.splitting import (
 from lightning_dgl.training import Progress, RandomStreams, deliver, step_lr_scheduler, take_turns, whole_graphs
 
 
-class DGLModule(LightningModule):
+class DGLModule(WithHyperparameters):
     """A network split into J blocks, each trained greedily on a local loss (Algorithm 1 of the paper).
 
     Block j maps its predecessor's detached output to its own; its auxiliary head scores that output, and the local loss
@@ -134,6 +136,7 @@ class DGLModule(LightningModule):
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be an nn.Module, got {type(network).__name__}.")
         example_input = example_batch(network, example_input)
+        head, split_at = plain_list(head), plain_list(split_at)
         given: dict[str, Any] = {
             "num_blocks": num_blocks,
             "split_at": split_at,
@@ -144,7 +147,7 @@ class DGLModule(LightningModule):
         unsaved |= {"optimizer": None if optimizer is sgd else optimizer, "lr_scheduler": lr_scheduler}
         self.unsaved_arguments = {name: describe(value) for name, value in unsaved.items() if value is not None}
         choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite, "compile": compile}
-        self.save_hyperparameters({k: v for k, v in given.items() if v is not None} | choices)
+        self.save_arguments({k: v for k, v in given.items() if v is not None} | choices)
 
         num_classes = number_of_classes(network, example_input)
         factories = [head_factory(h) for h in head] if isinstance(head, list) else [head_factory(head)]
@@ -177,11 +180,8 @@ class DGLModule(LightningModule):
             count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
             for head, point in zip(self.heads, split.points, strict=True)
         ]
-        if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
-            raise ValueError(
-                f"loss ({type(loss).__name__}) has parameters, which no block trains. Put them into the heads."
-            )
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
+        check_loss(self.loss, num_classes, example_input.device)
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
         self._compiled_heads = [CompiledCall() for _ in self.heads] if compile else None
         if compile:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_dgl._arguments import check_at_least
+from lightning_dgl._arguments import check_at_least, plain_list
 from lightning_dgl.checks import check_lengths, check_ranks, check_same, fingerprint
 from lightning_dgl.distributed import (
     DistributedStage,
@@ -121,7 +121,7 @@ class DGLStrategy(RankStrategy):
         check_at_least("prefetch", prefetch, 1)
         self.schedule = make_schedule(schedule)
         self.run: Run | None = None
-        self._codec = codec
+        self._codec = codec = plain_list(codec)
         make_codecs(codec, len(codec) if isinstance(codec, list) else 1)  # raises for what cannot be a codec
         self._prefetch = prefetch
         self._groups: Groups | None = None

@@ -24,6 +24,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_dgl.address import Address
+from lightning_dgl.checks import check_scalar
 from lightning_dgl.lightning_internals import set_batch_size
 from lightning_dgl.optim import BlockGradScaler, BlockLRScheduler, BlockOptimizer
 from lightning_dgl.run import Run
@@ -126,7 +127,7 @@ def _local_step(
         output = module.blocks[block](x)
         run.links[block + 1].send(address, output, targets)  # before the backward: the next block need not wait
         scores = module.score(block, output)
-        loss = module.local_loss(block, scores, targets)
+        loss = check_scalar(module.local_loss(block, scores, targets), block)
         gradients = local_gradients(_scaled(trainer, block, loss), parameters)
     module.progress[block].updates += 1
     module.progress[block].samples += len(x)

@@ -138,6 +138,14 @@ def test_saving_every_n_steps_is_seen() -> None:
     assert steps(ModelCheckpoint(every_n_epochs=1)) == 0, f"ModelCheckpoint {VERSION}"
 
 
+def test_hyperparameters_are_kept_from_loggers() -> None:
+    module = make_module(2)
+    assert "head" in module.hparams_initial
+    lightning_internals.do_not_log_hparams(module, ["head", "unknown"])
+    assert "head" not in module.hparams_initial, f"hparams_initial {VERSION}"
+    assert "head" in module.hparams
+
+
 def test_validation_by_the_clock_is_seen(make_trainer: MakeTrainer) -> None:
     for interval, by_the_clock in (("00:01:00:00", True), (2, False)):
         trainer = make_trainer(val_check_interval=interval)

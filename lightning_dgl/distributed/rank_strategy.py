@@ -55,7 +55,7 @@ class RankStrategy(ParallelStrategy):
         self._start_method = start_method
         self._process_group_backend = process_group_backend
         self._predictions: list[tuple[int, Any]] = []
-        self._forgone: list[ModelCheckpoint] = []
+        self._forgone: tuple[Trainer, list[ModelCheckpoint]] | None = None
 
     @property
     def stage(self) -> Stage:
@@ -145,18 +145,21 @@ class RankStrategy(ParallelStrategy):
         if self.num_ranks == 1:
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        self._forgone = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
-        for callback in self._forgone:  # one would remove its last checkpoint for the one that is not saved
+        saving = [one for one in callbacks if isinstance(one, ModelCheckpoint) and one.save_on_exception]
+        self._forgone = trainer, saving
+        for callback in saving:  # one would remove its last checkpoint for the one that is not saved
             callback.save_on_exception = False
             _warn_that_nothing_is_saved()
         trainer.save_checkpoint = _warn_that_nothing_is_saved  # type: ignore[method-assign]
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if self.lightning_module is not None:
-            vars(self.lightning_module.trainer).pop("save_checkpoint", None)
-        for callback in self._forgone:
-            callback.save_on_exception = True
+        if self._forgone is not None:
+            trainer, saving = self._forgone
+            del trainer.save_checkpoint
+            for callback in saving:
+                callback.save_on_exception = True
+            self._forgone = None
         self.fail(exception)
         if self._launcher is not None:
             self._launcher.kill(signal.SIGKILL)

@@ -19,7 +19,7 @@ def example_batch(network: nn.Module, example_input: Tensor | Sequence[int]) -> 
         SplitError: if it is not a batch, or not on the network's device.
     """
     device = next((p.device for p in network.parameters()), None)
-    if isinstance(example_input, (tuple, list)) and example_input and all(isinstance(n, int) for n in example_input):
+    if isinstance(example_input, Sequence) and example_input and all(isinstance(n, int) for n in example_input):
         example_input = torch.zeros(*example_input, device=device)
     if not isinstance(example_input, Tensor) or example_input.ndim < 2 or len(example_input) < 1:
         given = f"shape {tuple(example_input.shape)}" if isinstance(example_input, Tensor) else repr(example_input)

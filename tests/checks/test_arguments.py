@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dgl import DGLModule, DGLStrategy
 from tests.checks.unchanged import Unchanged
@@ -67,10 +69,102 @@ def test_strategy_arguments() -> None:
         DGLStrategy(schedule=3)  # type: ignore[arg-type]
 
 
+class Configured(Sequence[Any]):
+    """A list as libraries of configurations make them: no list, but a sequence."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def test_any_sequence_may_stand_for_a_list(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    arguments = {
+        "split_at": Configured("2", "6"),
+        "example_input": Configured(2, 3, 8, 8),
+        "head": Configured("linear", "mlp"),
+        "optimizer": Configured(sgd, sgd, torch.optim.Adam),
+        "lr_scheduler": Configured(step_lr, step_lr, step_lr),
+    }
+    trainer = make_trainer(strategy=DGLStrategy(codec=Configured("half", None)))
+    trainer.fit(make_module(2, **arguments), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    # Only plain values can be read safely.
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]
+    assert saved["split_at"] == ["2", "6"]
+
+
+# Losses
+
+
 def test_loss_with_parameters() -> None:
     loss = nn.AdaptiveLogSoftmaxWithLoss(4, 4, [2])
     with pytest.raises(ValueError, match=r"loss \(AdaptiveLogSoftmaxWithLoss\) has parameters"):
         make_module(2, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "found"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), r"a tensor of shape \(2,\)"),
+        (lambda scores, targets: nn.functional.cross_entropy(scores, targets)[None], r"a tensor of shape \(1,\)"),
+        (lambda scores, targets: float(nn.functional.cross_entropy(scores, targets)), "float"),
+        # For class probabilities only
+        (lambda scores, targets: (scores - targets).square(), r"a tensor of shape \(2, 4\)"),
+    ],
+)
+def test_loss_that_is_no_scalar(loss: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=rf"loss must return a scalar, got {found}\. Average over the samples"):
+        make_module(2, loss=loss)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, "cross_entropy"])
+def test_loss_that_cannot_be_called(loss: Any) -> None:
+    with pytest.raises(TypeError, match=r"loss must be a callable \(scores, targets\) -> scalar, got (Cross|str)"):
+        make_module(2, loss=loss)
+
+
+class Counting(nn.Module):
+    """Draws random numbers and keeps count, and only takes targets (N, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
+        self.count += 1
+        noise = torch.rand(())
+        if targets.ndim != 2 or targets.shape[1] != 1:
+            raise ValueError("other targets")
+        return noise * scores.mean()
+
+
+def test_trying_a_loss_changes_nothing() -> None:
+    loss = Counting()
+    torch.manual_seed(1)
+    plain = make_module(2)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    module = make_module(2, loss=loss)
+    assert torch.equal(torch.rand(1), after)
+    assert loss.count == 0
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["fit", "validate"])
+def test_local_loss_that_is_no_scalar(method: str, make_trainer: MakeTrainer) -> None:
+    class Own(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(scores, targets, reduction="mean" if block == 0 else "none")
+
+    module = make_module(2, kind=Own)
+    message = r"local loss of block 1 must be a scalar, got a tensor of shape \(8,\)\. Average"
+    with Unchanged(module, parameters_only=True), pytest.raises(ValueError, match=message):
+        getattr(make_trainer(), method)(module, loader())
 
 
 # Optimizers and schedulers

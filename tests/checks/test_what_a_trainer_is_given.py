@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from tests.checks.unchanged import Unchanged
 from tests.runs import MakeTrainer, loader, make_module, sgd, small_cnn, small_data, weights
@@ -168,9 +168,27 @@ def test_inputs_of_another_size_than_the_example(make_trainer: MakeTrainer) -> N
 
 def test_training_batch_of_one_sample(make_trainer: MakeTrainer) -> None:
     module = make_module(2, head="mlp_sr")
-    with pytest.raises(ValueError, match=r"one sample.*drop_last=True"):
-        make_trainer().fit(module, loader(num_samples=9, batch_size=8))
-    make_trainer().fit(module, loader(num_samples=9, batch_size=8, drop_last=True))
+    for num_samples, batch_size in ((9, 8), (8, 1)):
+        with Unchanged(module), pytest.raises(ValueError, match=r"one sample.*drop_last=True"):
+            make_trainer().fit(module, loader(num_samples, batch_size))
+    with pytest.raises(ValueError, match=r"one sample.*drop_last=True"):  # seen when it comes
+        make_trainer().fit(module, DataLoader(small_data(9), batch_sampler=[range(8), [8]]))
+
+
+@pytest.mark.parametrize(
+    "make_data",
+    [
+        lambda: loader(num_samples=9, batch_size=8, drop_last=True),
+        lambda: loader(num_samples=17, batch_size=8),
+        lambda: loader(num_samples=9, batch_size=8, collate_fn=lambda batch: default_collate(batch * 2)),
+        lambda: DataLoader(list(loader(num_samples=16, batch_size=8)), batch_size=None),
+    ],
+    ids=["dropped", "not reached", "made more by the loader", "batched before"],
+)
+def test_training_without_a_batch_of_one_sample(make_data: Callable[[], Any], make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(limit_train_batches=2)
+    trainer.fit(make_module(2, head="mlp_sr"), make_data())
+    assert trainer.global_step > 0
 
 
 # What would train silently wrong

@@ -14,10 +14,11 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 
+from lightning_dgl import DGLModule
 from lightning_dgl.optim import BlockOptimizer
 from tests.distributed.ranks import Launch, Run, comparable, dropout_module, fit, scaled
 from tests.internals import blocks_here
-from tests.runs import ResumableLoader, adam, differences, loader, step_lr
+from tests.runs import ResumableLoader, adam, differences, loader, make_module, quiet_trainer, small_cnn, step_lr
 
 
 class Held(L.Callback):
@@ -50,6 +51,19 @@ class Best(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         keep: Any = trainer.checkpoint_callback
         self.seen = Path(keep.best_model_path).name, keep.best_model_score
+
+
+def test_after_training_the_process_that_has_forked_ranks_saves_their_weights(launch: Launch) -> None:
+    trained = launch(2, lambda trainer: fit(trainer, make_module(2), (loader(),)))
+    trainer, module, path = trained.trainer, trained.result, trained.folder / "saved.ckpt"
+    assert module.trainer is trainer
+    with pytest.warns(UserWarning, match="Only weights are saved: optimizers were in the processes that trained"):
+        trainer.save_checkpoint(path)
+    loaded = DGLModule.load_from_checkpoint(path, network=small_cnn(), example_input=(2, 3, 8, 8))
+    for state in (module.state_dict(), loaded.state_dict()):
+        assert differences(dict(state), trained.ranks[0]["weights"]) == []
+    with pytest.raises(KeyError, match="checkpoint contains only the model"):  # none to resume from
+        quiet_trainer(max_epochs=3).fit(loaded, loader(), ckpt_path=path)
 
 
 @pytest.mark.parametrize(

@@ -303,12 +303,14 @@ def test_torchrun_restarts_a_crashed_job_which_goes_on_from_its_last_checkpoint(
 
 
 @pytest.mark.parametrize(("how", "rank"), [pytest.param("fork", 0, marks=pytest.mark.slow), ("hand", 1)])
-def test_saving_a_checkpoint_after_a_failure_is_refused(
+def test_saving_a_checkpoint_on_a_failure_does_not_hide_it(
     how: str, rank: int, job: Job, undisturbed: tuple[Job, Outcome]
 ) -> None:
     start(job, how, 2, fault="raise", on=rank, save_on_exception=True)
     outcome = job.wait()
     assert_all_ended(outcome)
     assert "ZeroDivisionError: the culprit\n" in outcome.output
+    assert "No checkpoint is saved after a failure" in outcome.output
+    assert "During handling of the above exception" not in outcome.output
     assert not (job.folder / "on_exception.ckpt").exists()
     assert_checkpoint_is_whole(job, undisturbed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -177,6 +178,13 @@ def test_devices_that_cannot_be_dealt_to_replicas() -> None:
     message = r"devices × num_nodes \(3 × 1\) must be a multiple of data_parallel_size=2"
     with pytest.raises(ValueError, match=message):
         L.Trainer(accelerator="cpu", devices=3, strategy=DGLStrategy(data_parallel_size=2))
+
+
+def test_running_a_notebook_as_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(ValueError, match=r"start_method='popen'.*each of 2 ranks.*DGLStrategy\(start_method='fork'\)"):
+        L.Trainer(accelerator="cpu", devices=2, strategy="dgl")
+    L.Trainer(accelerator="cpu", devices=2, strategy=DGLStrategy(start_method="fork"), logger=False)
 
 
 @pytest.mark.parametrize(

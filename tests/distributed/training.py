@@ -141,7 +141,9 @@ def train(
         callbacks=[
             *([] if fault is None else [Fault(fault, on, hook)]),
             *([OnExceptionCheckpoint(os.getcwd())] if save_on_exception else []),
-            ModelCheckpoint("checkpoints", "{epoch}", save_top_k=-1, save_last=True),
+            ModelCheckpoint(
+                "checkpoints", "{epoch}", save_top_k=-1, save_last=True, save_on_exception=save_on_exception
+            ),
         ],
         enable_checkpointing=True,
     )

@@ -22,6 +22,7 @@ from tests.runs import (
     block_weights,
     make_module,
     pieces,
+    rates,
     same,
     sgd,
     step_lr,
@@ -88,9 +89,32 @@ def test_schedulers_go_by_the_blocks_own_updates(lr_interval: Any, make_trainer:
     trainer.fit(module, data())
     taken = updates(module)
     assert taken[1] < taken[0] == 4 * BATCHES
-    counts = taken if lr_interval == "step" else [n // BATCHES for n in taken]
+    counts = [min(n, 4 * BATCHES) for n in taken]  # of epochs beyond the Trainer's, rates know nothing
+    counts = counts if lr_interval == "step" else [n // BATCHES for n in counts]
     rates = [own.param_groups[0]["lr"] for own in trainer.optimizers[0].optimizers]  # type: ignore[attr-defined]
     assert rates == pytest.approx([0.05 * 0.5**n for n in counts])
+
+
+class OneCycle(DGLModule):
+    """Its learning rates go over all steps that the Trainer expects."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, lr_scheduler=self._make_scheduler, **kwargs)
+
+    def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        steps = int(self.trainer.estimated_stepping_batches)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 3 * BATCHES}])
+def test_a_block_that_steps_more_often_than_expected_stays_at_its_last_rate(
+    limit: dict[str, int], make_trainer: MakeTrainer
+) -> None:
+    module, synchronous = (make_module(kind=OneCycle, lr_interval="step") for _ in range(2))
+    make_trainer(strategy=DGLStrategy(InOrder([1, 1, 2, 3, 0])), **limit).fit(module, data())
+    make_trainer(**limit).fit(synchronous, data())
+    assert updates(module)[1] > 3 * BATCHES
+    assert rates(module) == rates(synchronous)
 
 
 def test_reduce_on_plateau_steps_after_validation(make_trainer: MakeTrainer) -> None:

@@ -10,11 +10,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_dgl import DGLModule
-from tests.runs import MakeTrainer, ResumableLoader, adam, loader, make_module, same, sgd, small_cnn, small_data
+from tests.runs import (
+    MakeTrainer,
+    ResumableLoader,
+    adam,
+    loader,
+    make_module,
+    same,
+    sgd,
+    small_cnn,
+    small_data,
+    weights,
+)
 
 seeded_module = partial(make_module, seed=0, dropout=0.3)
 
@@ -91,6 +104,63 @@ def test_load_from_checkpoint_with_num_blocks(tmp_path: Path, make_trainer: Make
         tmp_path / "a.ckpt", network=small_cnn(), num_blocks=3, example_input=(2, 3, 8, 8)
     )
     assert same(dict(loaded.state_dict()), dict(module.state_dict()))
+
+
+class Fixed(DGLModule):
+    """Fixes some arguments, and hands on what else it is given."""
+
+    def __init__(self, width: int = 8, **kwargs: Any) -> None:
+        super().__init__(small_cnn(), split_at=["6"], example_input=(2, 3, 8, 8), optimizer=sgd, **kwargs)
+        self.save_hyperparameters()
+
+
+class HandsOn(DGLModule):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, example_input=(2, 3, 8, 8), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "saved", "missing"),
+    [
+        (Fixed, {"width": 8}, {}),
+        (lambda: Fixed(4, head="linear"), {"width": 4, "head": "linear"}, {}),
+        (
+            lambda: HandsOn(small_cnn(), 2, head="linear", balance="memory"),
+            {"num_blocks": 2, "head": "linear", "balance": "memory"},
+            {"network": small_cnn()},
+        ),
+    ],
+)
+def test_load_from_checkpoint_of_a_subclass_that_hands_on_arguments(
+    make: Any, saved: dict[str, Any], missing: dict[str, Any], tmp_path: Path, make_trainer: MakeTrainer
+) -> None:
+    module = make()
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"] == saved
+    assert copy.deepcopy(module).hparams == module.hparams
+    loaded = type(module).load_from_checkpoint(tmp_path / "last.ckpt", **missing)
+    assert same(weights(loaded), weights(module))
+    assert type(loaded.heads[0]) is type(module.heads[0])
+
+
+def test_a_datamodule_may_have_hyperparameters_of_the_same_name(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self, balance: bool = True) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    logger = CSVLogger(tmp_path)
+    trainer = make_trainer(logger=logger)
+    trainer.fit(make_module(2, head="linear"), datamodule=Data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    logged = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert (logged["balance"], logged["head"]) == (True, "linear")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]["balance"] == "flops"
 
 
 def test_load_from_checkpoint_may_name_the_cuts_instead(tmp_path: Path, make_trainer: MakeTrainer) -> None:

@@ -54,6 +54,55 @@ def test_reduce_on_plateau_follows_each_block_s_own_validation_loss(make_trainer
     assert rates(module) == pytest.approx([0.05 * 0.01, 0.05])
 
 
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+    """Halve the rate at each step of the scheduler, as nothing is good enough."""
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e6, factor=0.5)
+
+
+@pytest.mark.parametrize(
+    ("when", "num_steps"),
+    [
+        ({}, 4),
+        ({"check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}, 2),
+        ({"val_check_interval": 2, "check_val_every_n_epoch": None}, 4),
+    ],
+)
+@pytest.mark.parametrize("num_loaders", [1, 2])
+def test_reduce_on_plateau_steps_after_epochs_with_validation(
+    when: dict[str, Any], num_steps: int, num_loaders: int, make_trainer: MakeTrainer
+) -> None:
+    module = make_module(2, lr_scheduler=halving)
+    make_trainer(max_epochs=4, **when).fit(module, loader(), [loader(16), loader(8)][:num_loaders])
+    assert rates(module) == pytest.approx([0.05 * 0.5**num_steps] * 2)
+
+
+def test_reduce_on_plateau_follows_the_first_of_several_loaders(make_trainer: MakeTrainer) -> None:
+    class OnlyTheFirstImproves(DGLModule):
+        def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+            loss = super().local_loss(block, scores, targets)
+            return loss if self.trainer.training else 0 * loss - self.current_epoch * (1.0 if len(scores) == 8 else -1)
+
+    def plateau(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.ReduceLROnPlateau:
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+
+    for loaders, expected in (((loader(8), loader(4)), 0.05), ((loader(4), loader(8)), 0.05 * 0.01)):
+        module = make_module(2, kind=OnlyTheFirstImproves, lr_scheduler=plateau)
+        make_trainer(max_epochs=3).fit(module, loader(), list(loaders))
+        assert rates(module) == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(
+    "when", [{"val_check_interval": 7, "check_val_every_n_epoch": None}, {"val_check_interval": "00:01:00:00"}]
+)
+def test_reduce_on_plateau_without_a_validation_in_each_epoch_is_refused(
+    when: dict[str, Any], make_trainer: MakeTrainer
+) -> None:
+    trainer = make_trainer(max_epochs=4, **when)
+    with pytest.raises(ValueError, match=r"ReduceLROnPlateau.*val_check_interval=(7|a time) an epoch of 5 batches"):
+        trainer.fit(make_module(2, lr_scheduler=halving), loader(), loader())
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize("with_scheduler", [True, False])
 @pytest.mark.parametrize("num_blocks", [1, 4])
 def test_learning_rate_monitor_shows_each_rate_once(
