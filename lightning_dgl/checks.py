@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
+    SpikeDetection,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -275,6 +276,11 @@ def check_fit(trainer: Trainer, schedule: Schedule) -> None:
             raise ValueError(
                 f"{name} goes by the Trainer's epochs, but with the {schedule_name} schedule in one process each block "
                 "counts its own. Train with DGLStrategy('sync'), or without it."
+            )
+        if isinstance(callback, SpikeDetection) and schedule.draws_blocks:
+            raise ValueError(
+                f"{name} compares the losses of steps, but with the {schedule_name} schedule in one process a step has "
+                "those of the blocks that are drawn. Use on_nonfinite of DGLModule, or train without it."
             )
     accumulates = trainer.accumulate_grad_batches > 1 or any(
         isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
