@@ -41,10 +41,19 @@ class Outcome:
     def checkpoints(self) -> list[Path]:
         return list(self.folder.rglob("*.ckpt"))
 
+    def changed(self, name: str) -> bool:
+        return not torch.equal(self.before[name], weights(self.module)[name])
+
     def logged(self, name: str) -> bool:
         """Whether the logger has values under a name that begins like this."""
         (path,) = self.folder.rglob("metrics.csv")
         return any(column.startswith(name) for column in path.read_text().splitlines()[0].split(","))
+
+
+class WithBackbone(DGLModule):
+    @property
+    def backbone(self) -> nn.Module:
+        return self.blocks[0]
 
 
 class Counts(builtin.Callback):
@@ -96,6 +105,10 @@ Case = tuple[Callable[[Path], builtin.Callback], Callable[[Outcome, str], Any]]
 
 # Each with a proof of its effect, which also gets what was printed. There are two epochs of three batches.
 CALLBACKS: dict[str, Case] = {
+    "BackboneFinetuning": (
+        lambda folder: builtin.BackboneFinetuning(unfreeze_backbone_at_epoch=9, train_bn=False),
+        lambda o, printed: o.finished and not o.changed("network.0.weight") and o.changed("network.16.weight"),
+    ),
     "BasePredictionWriter": (
         lambda folder: Writes(),
         lambda o, printed: o.trainer.predict(o.module, loader(12, 4)) and o.callback.seen == ["batch"] * 3 + ["epoch"],
@@ -164,7 +177,7 @@ CALLBACKS: dict[str, Case] = {
         lambda o, printed: o.finished and differences(weights(o.module), o.before),
     ),
 }
-ELSEWHERE = {"BackboneFinetuning", "BaseFinetuning", "BatchSizeFinder", "LearningRateFinder"}
+ELSEWHERE = {"BaseFinetuning", "BatchSizeFinder", "LearningRateFinder"}
 REFUSED = {
     ("GradientAccumulationScheduler", "dgl_async"): "accumulate_grad_batches counts batches of data",
     ("SpikeDetection", "dgl_async"): "SpikeDetection compares the losses of steps",
@@ -206,5 +219,5 @@ def test_callback(
     else:
         # Statistics of a CPU need a package of their own.
         with mock.patch.object(CPUAccelerator, "get_device_stats", lambda *_: {"used": 1.0}):
-            outcome = Outcome(trainer, callback, tmp_path, make_module(2))
+            outcome = Outcome(trainer, callback, tmp_path, make_module(2, kind=WithBackbone))
         assert proof(outcome, "".join(capfd.readouterr()))
