@@ -153,17 +153,19 @@ def check_loss(loss: Any, num_classes: int, device: torch.device) -> None:
             except Exception:  # it may want targets of another kind
                 continue
             if not isinstance(value, Tensor) or value.ndim > 0:
-                raise ValueError(f"loss must return a scalar, got {_describe(value)}. {_AVERAGE}")
+                raise ValueError(f"loss must return a scalar, got {_no_scalar(value)}")
 
 
 def check_scalar(loss: Any, block: int) -> Tensor:
     """Return the local loss of ``block``; raise ValueError unless it is a scalar."""
     if isinstance(loss, Tensor) and loss.ndim == 0:
         return loss
-    raise ValueError(f"The local loss of block {block} must be a scalar, got {_describe(loss)}. {_AVERAGE}")
+    raise ValueError(f"The local loss of block {block} must be a scalar, got {_no_scalar(loss)}")
 
 
-_AVERAGE = "Average over the samples (losses of PyTorch: reduction='mean')."
+def _no_scalar(loss: Any) -> str:
+    found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    return f"{found}. Average over the samples (losses of PyTorch: reduction='mean')."
 
 
 # Batches
@@ -222,8 +224,6 @@ def check_batch_sizes(trainer: Trainer, heads: nn.Module) -> None:
 
 
 def _describe(batch: Any) -> str:
-    if isinstance(batch, Tensor) and batch.ndim > 0:
-        return f"a tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, (tuple, list)):
         return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
     return type(batch).__name__
