@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 
 from lightning_dgl._arguments import check_choice, check_length, one_per_block
 from lightning_dgl.address import current_address
+from lightning_dgl.augmented import Augmented, head_maker
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.checks import (
@@ -27,7 +28,7 @@ from lightning_dgl.checks import (
 )
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
-from lightning_dgl.heads import HeadFactory, head_factory
+from lightning_dgl.heads import HeadFactory
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
@@ -39,6 +40,7 @@ from lightning_dgl.splitting import (
     Block,
     CompiledCall,
     SplitPoint,
+    TracedNetwork,
     count_flops,
     example_batch,
     extent,
@@ -126,10 +128,14 @@ class DGLModule(LightningModule):
         self.save_hyperparameters({k: v for k, v in given.items() if v is not None} | choices)
 
         num_classes = number_of_classes(network, example_input)
-        factories = [head_factory(h) for h in head] if isinstance(head, list) else [head_factory(head)]
+        factories = [head_maker(h) for h in head] if isinstance(head, list) else [head_maker(head)]
 
-        def make_head(point: SplitPoint, j: int = 0) -> nn.Module:
-            return factories[j if isinstance(head, list) else 0](point.channels, point.spatial_size, num_classes)
+        def make_head(traced: TracedNetwork, point: SplitPoint, j: int | None = None, num_heads: int = 3) -> nn.Module:
+            make = factories[j or 0] if isinstance(head, list) else factories[0]
+            if isinstance(make, Augmented):
+                t = None if j is None else j / max(num_heads - 1, 1)
+                return make.make(traced, point, num_classes, t, num_heads)
+            return make(point.channels, point.spatial_size, num_classes)
 
         split = split_network(network, num_blocks, split_at, example_input, balance, make_head if factories else None)
         num_blocks = len(split.blocks)
@@ -146,7 +152,10 @@ class DGLModule(LightningModule):
         self.__dict__["blocks"] = split.blocks
         self.split_points = split.points
         self.block_names = [extent(block) for block in split.blocks]
-        self.heads = nn.ModuleList(make_head(point, j) for j, point in enumerate(split.points))
+        self.heads = nn.ModuleList()
+        for j, point in enumerate(split.points):
+            assert split.traced is not None
+            self.heads.append(make_head(split.traced, point, j, len(split.points)))
         self.heads.to(example_input.device)
         for j, point in enumerate(split.points):
             features = torch.zeros(point.shape, dtype=example_input.dtype, device=example_input.device)
