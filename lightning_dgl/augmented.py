@@ -22,8 +22,10 @@ from lightning_dgl.splitting import SplitError, SplitPoint, TracedNetwork, Unit,
 
 # At four blocks, heads get up to half of the network's parameters and a quarter of its FLOPs together.
 _PARAMETERS, _FLOPS = 1 / 2, 1 / 4
-# So few parameters a head may always have, and as many as this part of the network's where one unit takes them.
-_FEW, _AT_MOST = 100_000, 1 / 3
+# A head of one unit may have up to this part of the network's parameters.
+_AT_MOST = 1 / 3
+FEW_PARAMETERS = 100_000
+"""A head may always have so many parameters, however small the network is."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class _Budget:
     def of(cls, traced: TracedNetwork, num_heads: int, pool: int) -> _Budget:
         total = sum(p.numel() for p in traced.network.parameters())
         share = max(1 / num_heads, 1 / 3)
-        parameters = max(_FEW, _PARAMETERS * share * total)
+        parameters = max(FEW_PARAMETERS, _PARAMETERS * share * total)
         return cls(parameters, _FLOPS * share * traced.cost * pool**2, max(parameters, _AT_MOST * total))
 
 

@@ -25,6 +25,7 @@ from lightning_dgl.checks import (
     check_sample_size,
     check_strategy,
     number_of_classes,
+    warn_of_large_heads,
 )
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
@@ -69,8 +70,9 @@ class DGLModule(LightningModule):
         num_blocks: J, cut where blocks are balanced; 1 is plain end-to-end backpropagation.
         split_at: instead of ``num_blocks``: names of the modules to cut after, see :func:`find_split_points`.
         example_input: a batch of the shape the network is trained on (its values do not matter), or that shape.
-        head: auxiliary head: "linear", "mlp", "mlp_sr" or "cnn", a callable ``(channels, spatial_size, num_classes) ->
-            nn.Module`` reading (N, C, H, W), or a list of J - 1 of these.
+        head: auxiliary head: "augmented" or an :class:`Augmented`, copies of later parts of the network; the paper's
+            "linear", "mlp", "mlp_sr" or "cnn"; a callable ``(channels, spatial_size, num_classes) -> nn.Module``
+            reading (N, C, H, W); or a list of J - 1 of these.
         loss: ``(scores, targets) -> scalar``; cross-entropy by default.
         optimizer: callable ``params -> Optimizer``, or a list of J; by default SGD with learning rate 0.1, momentum 0.9
             and weight decay 5e-4.
@@ -107,7 +109,7 @@ class DGLModule(LightningModule):
         *,
         split_at: list[str] | None = None,
         example_input: Tensor | Sequence[int],
-        head: str | HeadFactory | list[str | HeadFactory] = "mlp_sr",
+        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory] = "mlp_sr",
         loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | list[OptimizerFactory] = sgd,
         lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,
@@ -165,6 +167,7 @@ class DGLModule(LightningModule):
             count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
             for head, point in zip(self.heads, split.points, strict=True)
         ]
+        warn_of_large_heads(network, self.heads)
         if isinstance(loss, nn.Module) and next(loss.parameters(), None) is not None:
             raise ValueError(
                 f"loss ({type(loss).__name__}) has parameters, which no block trains. Put them into the heads."
