@@ -147,7 +147,7 @@ class _Budget:
 
     @classmethod
     def of(cls, traced: TracedNetwork, num_heads: int, pool: int) -> _Budget:
-        total = sum(p.numel() for p in traced.network.parameters())
+        total = num_parameters(traced.network)
         share = max(1 / num_heads, 1 / 3)
         parameters = max(FEW_PARAMETERS, _PARAMETERS * share * total)
         return cls(parameters, _FLOPS * share * traced.cost * pool**2, max(parameters, _AT_MOST * total))
@@ -209,6 +209,11 @@ def spread(num_units: int, changes: Sequence[int], depth: int) -> list[int]:
             start, count = start + 1, count - 1
         chosen += [start + round((stop - start) * k / count) - 1 for k in range(1, count + 1)]
     return chosen
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Return how many parameters ``module`` has."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def _runs(head: nn.Module, traced: TracedNetwork, point: SplitPoint, num_classes: int) -> bool:

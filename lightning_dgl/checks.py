@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_dgl._version import __version__
-from lightning_dgl.augmented import FEW_PARAMETERS
+from lightning_dgl.augmented import FEW_PARAMETERS, num_parameters
 from lightning_dgl.lightning_internals import saves_every_n_train_steps, synchronises_batchnorm
 from lightning_dgl.optim import BlockOptimizer
 from lightning_dgl.schedules import Schedule
@@ -88,7 +88,7 @@ def check_head(block: int, head: nn.Module, point: SplitPoint, features: Tensor,
 
 def warn_of_large_heads(network: nn.Module, heads: nn.ModuleList) -> None:
     """Warn if auxiliary heads have more parameters than the network, and more than a few."""
-    of_heads, of_network = (sum(p.numel() for p in module.parameters()) for module in (heads, network))
+    of_heads, of_network = num_parameters(heads), num_parameters(network)
     if of_heads > max(of_network, FEW_PARAMETERS * len(heads)):
         warnings.warn(
             f"The auxiliary heads together have {of_heads:,} parameters, {of_heads / of_network:.1f} times the "
