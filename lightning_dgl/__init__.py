@@ -1,6 +1,7 @@
 """Decoupled Greedy Learning of CNNs for PyTorch Lightning."""
 
 from lightning_dgl._version import __version__
+from lightning_dgl.augmented import Augmented
 from lightning_dgl.callbacks import BlockMonitor, BlockSummary
 from lightning_dgl.codecs import Message, VectorQuantizer
 from lightning_dgl.distributed import RankFailedError
@@ -15,6 +16,7 @@ from lightning_dgl.training import NonFiniteLossError
 
 __all__ = [
     "Asynchronous",
+    "Augmented",
     "BlockMonitor",
     "BlockSummary",
     "CNNHead",

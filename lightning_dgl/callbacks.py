@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
+from lightning_dgl.augmented import AugmentedHead, num_parameters
 from lightning_dgl.codecs import VectorQuantizer
 from lightning_dgl.distributed import Report
 from lightning_dgl.links import Traffic
@@ -182,7 +183,13 @@ def _row(module: Any, run: Run, block: int, elapsed: float) -> list[str]:
 
 def block_table(module: Any) -> Table:
     """Return the table that :class:`BlockSummary` prints."""
-    return _table(*_blocks(module), text=("Layers", "Output", "Head", "Ranks", "Device"))
+    table = _table(*_blocks(module), text=("Layers", "Output", "Head", "Ranks", "Device"))
+    if len(module.heads):
+        parameters = _percent(num_parameters(module.heads), num_parameters(module.network))
+        flops = _percent(sum(module.head_flops), sum(module.block_flops))
+        table.caption = f"Heads together: {parameters} of the network's parameters, {flops} of its FLOPs"
+        table.caption_justify = "left"
+    return table
 
 
 def _blocks(module: Any) -> tuple[list[str], list[list[str]]]:
@@ -195,7 +202,7 @@ def _blocks(module: Any) -> tuple[list[str], list[list[str]]]:
         if j < len(module.heads):
             output = "×".join(str(size) for size in module.split_points[j].shape[1:])
             share = _percent(module.head_flops[j], module.block_flops[j])
-            head = [type(module.heads[j]).__name__, _count(module.heads[j]), share]
+            head = [_name(module.heads[j]), _count(module.heads[j]), share]
         else:
             output, head = str(module.num_classes), ["-"] * 3
         device = next((str(p.device) for p in block.parameters()), "-")
@@ -221,5 +228,11 @@ def _percent(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
+def _name(head: nn.Module) -> str:
+    if isinstance(head, AugmentedHead):
+        return f"{len(head.units)} copied unit{'s' * (len(head.units) != 1)}"
+    return type(head).__name__
+
+
 def _count(module: nn.Module) -> str:
-    return get_human_readable_count(sum(p.numel() for p in module.parameters()))
+    return get_human_readable_count(num_parameters(module))

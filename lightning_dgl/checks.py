@@ -5,6 +5,7 @@ Errors name the argument, its value and what to do. Whatever is known at the sta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence, Sized
 from contextlib import nullcontext
 from typing import Any
@@ -30,6 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_dgl._version import __version__
+from lightning_dgl.augmented import FEW_PARAMETERS, num_parameters
 from lightning_dgl.lightning_internals import (
     saves_every_n_train_steps,
     synchronises_batchnorm,
@@ -166,6 +168,17 @@ def check_scalar(loss: Any, block: int) -> Tensor:
 def _no_scalar(loss: Any) -> str:
     found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
     return f"{found}. Average over the samples (losses of PyTorch: reduction='mean')."
+
+
+def warn_of_large_heads(network: nn.Module, heads: nn.ModuleList) -> None:
+    """Warn if auxiliary heads have more parameters than the network, and more than a few."""
+    of_heads, of_network = num_parameters(heads), num_parameters(network)
+    if of_heads > max(of_network, FEW_PARAMETERS * len(heads)):
+        warnings.warn(
+            f"The auxiliary heads together have {of_heads:,} parameters, {of_heads / of_network:.1f} times the "
+            f"network's {of_network:,}. head='augmented' makes heads that keep to about half; or make fewer blocks.",
+            stacklevel=3,
+        )
 
 
 # Batches

@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 
 from lightning_dgl._arguments import check_choice, check_length, describe, one_per_block, plain_list, warn_of_unsaved
 from lightning_dgl.address import current_address
+from lightning_dgl.augmented import Augmented, head_maker
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.checks import (
@@ -26,10 +27,11 @@ from lightning_dgl.checks import (
     check_sample_size,
     check_strategy,
     number_of_classes,
+    warn_of_large_heads,
 )
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
-from lightning_dgl.heads import HeadFactory, head_factory
+from lightning_dgl.heads import HeadFactory
 from lightning_dgl.hyperparameters import WithHyperparameters
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
@@ -53,6 +55,7 @@ from lightning_dgl.splitting import (
     Block,
     CompiledCall,
     SplitPoint,
+    TracedNetwork,
     count_flops,
     example_batch,
     extent,
@@ -81,8 +84,9 @@ class DGLModule(WithHyperparameters):
         num_blocks: J, cut where blocks are balanced; 1 is plain end-to-end backpropagation.
         split_at: instead of ``num_blocks``: names of the modules to cut after, see :func:`find_split_points`.
         example_input: a batch of the shape the network is trained on (its values do not matter), or that shape.
-        head: auxiliary head: "linear", "mlp", "mlp_sr" or "cnn", a callable ``(channels, spatial_size, num_classes) ->
-            nn.Module`` reading (N, C, H, W), or a list of J - 1 of these.
+        head: auxiliary head: "augmented" or an :class:`Augmented`, copies of later parts of the network; the paper's
+            "linear", "mlp", "mlp_sr" or "cnn"; a callable ``(channels, spatial_size, num_classes) -> nn.Module``
+            reading (N, C, H, W); or a list of J - 1 of these.
         loss: ``(scores, targets) -> scalar``; cross-entropy by default.
         optimizer: callable ``params -> Optimizer``, or a list of J; by default SGD with learning rate 0.1, momentum 0.9
             and weight decay 5e-4. It gets the parameters of one block and its head, must train these and no others
@@ -120,7 +124,7 @@ class DGLModule(WithHyperparameters):
         *,
         split_at: list[str] | None = None,
         example_input: Tensor | Sequence[int],
-        head: str | HeadFactory | list[str | HeadFactory] = "mlp_sr",
+        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory] = "mlp_sr",
         loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | list[OptimizerFactory] = sgd,
         lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,
@@ -150,10 +154,14 @@ class DGLModule(WithHyperparameters):
         self.save_arguments({k: v for k, v in given.items() if v is not None} | choices)
 
         num_classes = number_of_classes(network, example_input)
-        factories = [head_factory(h) for h in head] if isinstance(head, list) else [head_factory(head)]
+        factories = [head_maker(h) for h in head] if isinstance(head, list) else [head_maker(head)]
 
-        def make_head(point: SplitPoint, j: int = 0) -> nn.Module:
-            return factories[j if isinstance(head, list) else 0](point.channels, point.spatial_size, num_classes)
+        def make_head(traced: TracedNetwork, point: SplitPoint, j: int | None = None, num_heads: int = 3) -> nn.Module:
+            make = factories[j or 0] if isinstance(head, list) else factories[0]
+            if isinstance(make, Augmented):
+                t = None if j is None else j / max(num_heads - 1, 1)
+                return make.make(traced, point, num_classes, t, num_heads)
+            return make(point.channels, point.spatial_size, num_classes)
 
         split = split_network(network, num_blocks, split_at, example_input, balance, make_head if factories else None)
         num_blocks = len(split.blocks)
@@ -170,7 +178,10 @@ class DGLModule(WithHyperparameters):
         self.__dict__["blocks"] = split.blocks
         self.split_points = split.points
         self.block_names = [extent(block) for block in split.blocks]
-        self.heads = nn.ModuleList(make_head(point, j) for j, point in enumerate(split.points))
+        self.heads = nn.ModuleList()
+        for j, point in enumerate(split.points):
+            assert split.traced is not None
+            self.heads.append(make_head(split.traced, point, j, len(split.points)))
         self.heads.to(example_input.device)
         for j, point in enumerate(split.points):
             features = torch.zeros(point.shape, dtype=example_input.dtype, device=example_input.device)
@@ -180,6 +191,7 @@ class DGLModule(WithHyperparameters):
             count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
             for head, point in zip(self.heads, split.points, strict=True)
         ]
+        warn_of_large_heads(network, self.heads)
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         check_loss(self.loss, num_classes, example_input.device)
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)

@@ -10,12 +10,13 @@ from lightning_dgl.splitting.balance import assign_blocks, balanced_cuts
 from lightning_dgl.splitting.blocks import Block, extent
 from lightning_dgl.splitting.compiled_call import CompiledCall
 from lightning_dgl.splitting.costs import count_flops
-from lightning_dgl.splitting.cut_points import SplitPoint, find_split_points
+from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, find_split_points
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.example_batch import example_batch
 from lightning_dgl.splitting.meta_twin import output_shape
 from lightning_dgl.splitting.network_state import in_mode, preserved_state, seed_accelerator
 from lightning_dgl.splitting.splitter import SplitNetwork, split, split_network
+from lightning_dgl.splitting.units import Unit, units_after
 
 __all__ = [
     "Block",
@@ -23,6 +24,8 @@ __all__ = [
     "SplitError",
     "SplitNetwork",
     "SplitPoint",
+    "TracedNetwork",
+    "Unit",
     "assign_blocks",
     "balanced_cuts",
     "count_flops",
@@ -35,4 +38,5 @@ __all__ = [
     "seed_accelerator",
     "split",
     "split_network",
+    "units_after",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,6 +88,10 @@ class Block(nn.Module):
             for path in self.__dict__.get("_containers", ()):
                 self._network.get_submodule(path).training = mode
 
+    def detached_copy(self) -> Piece:
+        """Return a module that does the same with copies of the block's parameters and buffers."""
+        return Piece(self)
+
     def tensors(self) -> list[Tensor]:
         """Return everything the block holds: parameters, buffers, and those buffers of the network that it reads."""
         outside = [self._network.get_submodule(path)._buffers[name] for path, name in self._cut_through_buffers]
@@ -103,6 +108,28 @@ class Block(nn.Module):
     @override
     def extra_repr(self) -> str:
         return self._extent
+
+
+class Piece(nn.Module):
+    """A copy of a block, which no longer depends on the network: its parameters are its own and are all trained."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        memo: dict[int, Any] = {}
+        for name, module in block._modules.items():
+            self.add_module(name, copy.deepcopy(module, memo))
+        for name, parameter in block._parameters.items():
+            self.register_parameter(name, copy.deepcopy(parameter, memo))
+        for path, name in block._cut_through_buffers:
+            buffer = block._network.get_submodule(path)._buffers[name]
+            owner = self.get_submodule(path) if path else self
+            owner.register_buffer(name, copy.deepcopy(buffer, memo))
+        self.requires_grad_(True)
+        self._functions = block._functions
+
+    def forward(self, x: Tensor) -> Any:
+        """Run the piece on ``x``."""
+        return self._functions[self.training](self, x)
 
 
 def extent(block: nn.Module) -> str:
@@ -123,10 +150,7 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
     Raises:
         SplitError: if two blocks would share a parameter, or a module with state.
     """
-    graphs = {
-        mode: _BlockGraphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points]).graphs
-        for mode in (True, False)
-    }
+    graphs = build_graphs(traced, points)
     blocks = nn.ModuleList()
     for j in range(len(points) + 1):
         pair = {mode: graphs[mode][j] for mode in (True, False)}
@@ -137,6 +161,14 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
         blocks.append(Block(traced.network, name, pair))
     _check_nothing_shared(blocks)
     return blocks
+
+
+def build_graphs(traced: TracedNetwork, points: Sequence[SplitPoint]) -> dict[bool, list[fx.Graph]]:
+    """Write, for each mode (True: train), one graph for each piece of the network between ``points``."""
+    return {
+        mode: _BlockGraphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points]).graphs
+        for mode in (True, False)
+    }
 
 
 class _BlockGraphs:

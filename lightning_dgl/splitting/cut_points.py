@@ -70,6 +70,16 @@ class SplitPoint:
             return x.flatten(2, -2)
         return x.reshape(*x.shape, *(1,) * (4 - x.ndim))
 
+    def from_images(self, images: Tensor) -> Tensor:
+        """Undo :meth:`as_images`; height and width of (N, C, H, W) may have changed."""
+        ndim = len(self.shape)
+        if ndim > 4:
+            outer = torch.empty(self.shape, device="meta").movedim(self.channel_dim, 1).shape[2:-1]
+            images = images.reshape(*images.shape[:2], *outer, images.shape[-1])
+        elif ndim < 4:
+            images = images.flatten(ndim - 1)
+        return images.movedim(1, self.channel_dim)
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dgl.splitting.balance import choose_points
 from lightning_dgl.splitting.blocks import build_blocks
-from lightning_dgl.splitting.costs import HeadFactory, count_flops
+from lightning_dgl.splitting.costs import count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.example_batch import example_batch
@@ -22,11 +23,16 @@ from lightning_dgl.splitting.network_state import in_mode, preserved_state, seed
 
 @dataclass(frozen=True)
 class SplitNetwork:
-    """The blocks of a network, the split points between them, and each block's forward FLOPs for one sample."""
+    """The blocks of a network, the split points between them, and each block's forward FLOPs for one sample.
+
+    Attributes:
+        traced: the network as it was traced; None if it is one block, which needs no trace.
+    """
 
     blocks: nn.ModuleList
     points: list[SplitPoint]
     costs: list[float]
+    traced: TracedNetwork | None
 
 
 def split(
@@ -76,7 +82,7 @@ def split_network(
     split_at: Sequence[str] | None,
     example_input: Tensor | Sequence[int],
     balance: str = "flops",
-    make_head: HeadFactory | None = None,
+    make_head: Callable[[TracedNetwork, SplitPoint], nn.Module] | None = None,
 ) -> SplitNetwork:
     """:func:`split`, with the auxiliary heads that ``make_head`` makes counted in when blocks are balanced."""
     if (num_blocks is None) == (split_at is None):
@@ -87,17 +93,17 @@ def split_network(
         raise SplitError(f"num_blocks must be a whole number of at least 1, got {num_blocks!r}.")
     example_input = example_batch(network, example_input)
     if num_blocks == 1 or (split_at is not None and len(split_at) == 0):
-        return SplitNetwork(nn.ModuleList([network]), [], [count_flops(network, example_input)])
+        return SplitNetwork(nn.ModuleList([network]), [], [count_flops(network, example_input)], None)
     traced = analyse(network, example_input)
     if split_at is not None:
         points = _points_named(traced, split_at)
     else:
         assert num_blocks is not None
-        points = choose_points(traced, num_blocks, balance, make_head)
+        points = choose_points(traced, num_blocks, balance, make_head and partial(make_head, traced))
     blocks = build_blocks(traced, points)
     _check_blocks(network, blocks, points, example_input)
     ends = [*(point.cost for point in points), traced.cost]
-    return SplitNetwork(blocks, points, [end - start for start, end in zip([0.0, *ends], ends, strict=False)])
+    return SplitNetwork(blocks, points, [end - start for start, end in zip([0.0, *ends], ends, strict=False)], traced)
 
 
 def _points_named(traced: TracedNetwork, split_at: Sequence[str]) -> list[SplitPoint]:
