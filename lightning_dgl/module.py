@@ -13,34 +13,29 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import Self, override
 
-from lightning_dgl._arguments import check_choice, check_length, describe, one_per_block, plain_list, warn_of_unsaved
+from lightning_dgl._arguments import check_choice, describe, one_per_block, plain_list, warn_of_unsaved
 from lightning_dgl.address import current_address
-from lightning_dgl.augmented import Augmented, head_maker
+from lightning_dgl.augmented import Augmented
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.checks import (
     check_batch,
     check_block_names,
-    check_head,
     check_loss,
     check_optimizer,
     check_sample_size,
     check_strategy,
-    number_of_classes,
-    warn_of_large_heads,
 )
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
 from lightning_dgl.heads import HeadFactory
-from lightning_dgl.hyperparameters import WithHyperparameters
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
-from lightning_dgl.metrics import BlockMetrics, EpochMetrics, add_vote, ensemble, metric_collection
+from lightning_dgl.metrics import BlockMetrics, EpochMetrics, metric_collection
 from lightning_dgl.optim import (
     BlockLRScheduler,
     BlockOptimizer,
-    BlockParameters,
     LRSchedulerFactory,
     OptimizerFactory,
     has_gradients,
@@ -51,20 +46,14 @@ from lightning_dgl.other_blocks import OtherBlocks
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Synchronous
 from lightning_dgl.shared_values import log_arguments
+from lightning_dgl.split_module import SplitModule
 from lightning_dgl.splitting import (
-    Block,
-    CompiledCall,
-    SplitPoint,
-    TracedNetwork,
-    count_flops,
     example_batch,
-    extent,
-    split_network,
 )
 from lightning_dgl.training import Progress, RandomStreams, deliver, step_lr_scheduler, take_turns, whole_graphs
 
 
-class DGLModule(WithHyperparameters):
+class DGLModule(SplitModule):
     """A network split into J blocks, each trained greedily on a local loss (Algorithm 1 of the paper).
 
     Block j maps its predecessor's detached output to its own; its auxiliary head scores that output, and the local loss
@@ -115,8 +104,6 @@ class DGLModule(WithHyperparameters):
         ValueError: for an argument that does not fit; the message names it, its value and the remedy.
     """
 
-    blocks: nn.ModuleList
-
     def __init__(
         self,
         network: nn.Module,
@@ -134,159 +121,36 @@ class DGLModule(WithHyperparameters):
         on_nonfinite: Literal["raise", "skip"] = "raise",
         compile: bool = False,
     ) -> None:
-        super().__init__()
         check_choice("lr_interval", lr_interval, ("epoch", "step"))
         check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must be an nn.Module, got {type(network).__name__}.")
         example_input = example_batch(network, example_input)
         head, split_at = plain_list(head), plain_list(split_at)
+        super().__init__(network, num_blocks, split_at, example_input, balance, head, compile)
         given: dict[str, Any] = {
             "num_blocks": num_blocks,
             "split_at": split_at,
             "head": head if isinstance(head, str) else None,
+            "example_input": list(example_input.shape) if example_input.dtype == torch.float32 else None,
         }
-        given["example_input"] = list(example_input.shape) if example_input.dtype == torch.float32 else None
         unsaved: dict[str, Any] = {"head": None if isinstance(head, str) else head, "loss": loss, "metrics": metrics}
         unsaved |= {"optimizer": None if optimizer is sgd else optimizer, "lr_scheduler": lr_scheduler}
         self.unsaved_arguments = {name: describe(value) for name, value in unsaved.items() if value is not None}
         choices = {"lr_interval": lr_interval, "balance": balance, "on_nonfinite": on_nonfinite, "compile": compile}
         self.save_arguments({k: v for k, v in given.items() if v is not None} | choices)
-
-        num_classes = number_of_classes(network, example_input)
-        factories = [head_maker(h) for h in head] if isinstance(head, list) else [head_maker(head)]
-
-        def make_head(traced: TracedNetwork, point: SplitPoint, j: int | None = None, num_heads: int = 3) -> nn.Module:
-            make = factories[j or 0] if isinstance(head, list) else factories[0]
-            if isinstance(make, Augmented):
-                t = None if j is None else j / max(num_heads - 1, 1)
-                return make.make(traced, point, num_classes, t, num_heads)
-            return make(point.channels, point.spatial_size, num_classes)
-
-        split = split_network(network, num_blocks, split_at, example_input, balance, make_head if factories else None)
-        num_blocks = len(split.blocks)
-        if isinstance(head, list):
-            check_length("head", head, num_blocks - 1, "the last block has the network's own classifier")
-        self._optimizer_factories = one_per_block("optimizer", optimizer, num_blocks)
+        self._optimizer_factories = one_per_block("optimizer", optimizer, self.num_blocks)
         self._lr_scheduler_factories = (
-            None if lr_scheduler is None else one_per_block("lr_scheduler", lr_scheduler, num_blocks)
+            None if lr_scheduler is None else one_per_block("lr_scheduler", lr_scheduler, self.num_blocks)
         )
-
-        self.num_classes = num_classes
-        self.network = network
-        # Not registered: blocks are pieces of the network, and their parameters would be counted and saved twice.
-        self.__dict__["blocks"] = split.blocks
-        self.split_points = split.points
-        self.block_names = [extent(block) for block in split.blocks]
-        self.heads = nn.ModuleList()
-        for j, point in enumerate(split.points):
-            assert split.traced is not None
-            self.heads.append(make_head(split.traced, point, j, len(split.points)))
-        self.heads.to(example_input.device)
-        for j, point in enumerate(split.points):
-            features = torch.zeros(point.shape, dtype=example_input.dtype, device=example_input.device)
-            check_head(j, self.heads[j], point, features, num_classes)
-        self.block_flops = split.costs
-        self.head_flops = [
-            count_flops(head, point.as_images(torch.empty(point.shape, device=example_input.device)))
-            for head, point in zip(self.heads, split.points, strict=True)
-        ]
-        warn_of_large_heads(network, self.heads)
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
-        check_loss(self.loss, num_classes, example_input.device)
+        check_loss(self.loss, self.num_classes, example_input.device)
         self._ignore_index: int | None = getattr(self.loss, "ignore_index", None)
-        self._compiled_heads = [CompiledCall() for _ in self.heads] if compile else None
-        if compile:
-            for block in split.blocks:
-                block.compile()
         self.lr_interval: str = lr_interval
         self.on_nonfinite: str = on_nonfinite
         self._metric_template = [metric_collection(metrics, self._ignore_index)]  # a list: not a submodule
-        self._unused_parameters = self._parameters_in_no_block()
-        self.progress = [Progress() for _ in range(num_blocks)]
-        self.streams = RandomStreams(num_blocks)
-        self.run: Run | None = None
-
-    @property
-    def num_blocks(self) -> int:
-        """J, the number of blocks."""
-        return len(self.blocks)
-
-    def block_parameters(self, block: int) -> BlockParameters:
-        """Return what block ``block`` trains: its parameters, in the network's order, then its head's."""
-        inside = {id(p) for p in self.blocks[block].parameters()}
-        named = [(name, p) for name, p in self.network.named_parameters() if id(p) in inside]
-        if block < len(self.heads):
-            named += [(f"heads.{block}.{name}", p) for name, p in self.heads[block].named_parameters()]
-        return BlockParameters(named)
-
-    def _parameters_in_no_block(self) -> list[str]:
-        inside = {id(p) for block in self.blocks for p in block.parameters()}
-        return [name for name, p in self.network.named_parameters() if id(p) not in inside]
-
-    def block_tensors(self, block: int) -> list[Tensor]:
-        """Return everything that block ``block`` and its head hold: parameters and buffers."""
-        own = self.blocks[block]
-        head = self.heads[block] if block < len(self.heads) else nn.Identity()
-        tensors = own.tensors() if isinstance(own, Block) else [*own.parameters(), *own.buffers()]
-        return [*tensors, *head.parameters(), *head.buffers()]
-
-    # Scores
-
-    def forward(self, x: Tensor, block: int | None = None) -> Tensor:
-        """Return class scores (N, classes) of the last block, or of block ``block``: an early exit.
-
-        Raises:
-            RuntimeError: between training steps, if other ranks train other blocks.
-        """
-        self._check_whole()
-        # On accelerators, the blocks of other ranks wait in the host's memory.
-        is_spread = self.run is not None and self.run.stage.is_split and self.device.type != "cpu"
-        if block is None and not is_spread:
-            return self.network(x)
-        block = self.num_blocks - 1 if block is None else block
-        if not 0 <= block < self.num_blocks:
-            raise ValueError(f"block must be from 0 to {self.num_blocks - 1}, got {block}.")
-        for j in range(block + 1):
-            x = self._run_block(j, x)
-        return self.score(block, x)
-
-    def _run_block(self, block: int, x: Tensor) -> Tensor:
-        held = next(iter(self.block_tensors(block)), x)
-        return self.blocks[block](x if x.device == held.device else x.to(held.device))
-
-    def block_scores(self, x: Tensor) -> list[Tensor]:
-        """Return class scores (N, classes) of every block, first block first."""
-        self._check_whole()
-        scores = []
-        for j in range(self.num_blocks):
-            x = self._run_block(j, x)
-            scores.append(self.score(j, x))
-        return scores
-
-    def ensemble(self, x: Tensor) -> Tensor:
-        """Return class probabilities (N, classes) of the paper's ensemble: Σ_j 2^j softmax(scores of j), normalised."""
-        votes = None
-        for j, scores in enumerate(self.block_scores(x)):
-            votes = add_vote(votes, j, scores.to(x.device))
-        assert votes is not None
-        return ensemble(votes, self.num_blocks)
-
-    def score(self, block: int, output: Tensor) -> Tensor:
-        """Return class scores (N, classes) of block ``block`` for its output (N, ...)."""
-        if block == len(self.heads):
-            return output
-        images = self.split_points[block].as_images(output)
-        head = self.heads[block]
-        return head(images) if self._compiled_heads is None else self._compiled_heads[block](head, images)
-
-    def _check_whole(self) -> None:
-        if self.run is not None and self.run.others.are_hidden:
-            raise RuntimeError(
-                f"This rank trains only blocks {list(self.run.stage.blocks)} of {self.num_blocks}, so the module "
-                "cannot be called between training steps. Call it at the start or end of a validation, at the end of "
-                "an epoch, or after trainer.strategy.sync_blocks() on every rank."
-            )
+        self.progress = [Progress() for _ in range(self.num_blocks)]
+        self.streams = RandomStreams(self.num_blocks)
 
     def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
         """Return the loss (a scalar) that trains block ``block``; override it for losses that differ by block."""
@@ -414,12 +278,7 @@ class DGLModule(WithHyperparameters):
 
     @override
     def configure_optimizers(self) -> Any:
-        added = [name for name in self._parameters_in_no_block() if name not in self._unused_parameters]
-        if added:
-            raise ValueError(
-                f"The network has changed since the DGLModule was made: {added[0]!r} is in no block. Change the "
-                "network first, then make the DGLModule."
-            )
+        self.check_unchanged()
         parameters = [self.block_parameters(j) for j in range(self.num_blocks)]
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         finetunes = any(isinstance(callback, BaseFinetuning) for callback in callbacks)
