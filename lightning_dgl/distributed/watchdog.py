@@ -31,15 +31,25 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from lightning_dgl.distributed.failures import PATIENCE, Failure, FailureState, Pulse, RankFailedError, find_suspects
+from lightning_dgl.distributed.failures import (
+    PATIENCE,
+    Failure,
+    FailureState,
+    Pulse,
+    RankFailedError,
+    find_suspects,
+)
 
 T = TypeVar("T")
 
 _FEW_BEATS = 0.8
 """Seconds in which a healthy heart beats several times."""
+_FEW_KERNELS = 0.0002
+"""Seconds between two looks at a device."""
 
 
 class Process(NamedTuple):
@@ -89,6 +99,7 @@ class Watchdog:
         self._rank = rank
         self._timeout = timeout
         self._received_sigterm = received_sigterm
+        self._own_error: BaseException | None = None
         self._raised_at_work: BaseException | None = None
         self._state = FailureState(rank, names, timeout, is_loud, is_launcher=bool(children))
         self._heart = _Heart(store, rank, len(names), self._state, children)
@@ -99,22 +110,25 @@ class Watchdog:
 
     def check(self) -> None:
         """Raise if a rank failed, or if this process was asked to terminate."""
-        if self._state.failure is not None:
-            raise self._state.error()
+        failure = self._state.failure
+        if failure is not None:
+            is_own = failure.rank == self._rank and self._own_error is not None
+            raise self._own_error if is_own else self._state.error()  # type: ignore[misc]
         if self._received_sigterm():
             raise SIGTERMException
 
-    def wait_until(self, ready: Callable[[], bool], peer: int, what: str) -> float:
+    def wait_until(self, ready: Callable[[], bool], peer: int | None, what: str) -> float:
         """Call ``ready`` until it returns True; return the seconds waited.
 
         Args:
             ready: returns whether the wait is over; waits for :attr:`interval` seconds at most.
-            peer: the rank that this one waits for.
+            peer: the rank that this one waits for; None: all others.
             what: what ``peer`` must do, as messages put it: "to ...".
 
         Raises:
             RankFailedError: if a rank failed, or the wait took longer than the timeout.
             SystemExit: instead, if another rank prints the failure.
+            BaseException: what another thread of this rank has reported.
             SIGTERMException: if this process was asked to terminate.
         """
         began = time.monotonic()
@@ -125,6 +139,24 @@ class Watchdog:
                 if time.monotonic() - began > self._timeout:
                     raise self._end_wait(peer, what)
         return time.monotonic() - began
+
+    def wait_for_device(self, device: torch.device, what: str) -> None:
+        """Wait until ``device`` has done all that it was given, in which all ranks meet ``what`` for. See wait_until.
+
+        NCCL's collectives return before they have met anybody; whoever reads a value of the device next would wait
+        where the watchdog does not see it.
+        """
+        if device.type == "cpu":
+            return
+        event = torch.get_device_module(device).Event()
+        event.record()
+
+        def is_done() -> bool:
+            if not (done := event.query()):
+                time.sleep(_FEW_KERNELS)
+            return done
+
+        self.wait_until(is_done, None, what)
 
     def take(self, source: queue.Queue[T], peer: int, what: str) -> tuple[T, float]:
         """Take an item from ``source``, which ``peer`` fills; return it and the seconds waited. See wait_until."""
@@ -210,14 +242,18 @@ class Watchdog:
         return not self._state.prints
 
     def report(self, error: BaseException) -> None:
-        """Post that this rank raised ``error``, unless a failure is known; wait until rank 0 knows it."""
+        """Post that this rank raised ``error``, unless a failure is known; wait until rank 0 knows it.
+
+        Any thread may call it; if it is not the main thread, that raises ``error`` when it next waits.
+        """
         if self._state.failure is not None or isinstance(error, RankFailedError):
             return
         failure = self._state.raised(error)
-        self._heart.ask(partial(self._heart.post, failure))
-        self._state.learn(failure, time.monotonic(), rank_0_knows=False)  # if the store did not answer
         if hasattr(error, "add_note"):  # since Python 3.11
             error.add_note(f"Raised on {self._names[self._rank]}.")
+        self._own_error = error
+        self._heart.ask(partial(self._heart.post, failure))
+        self._state.learn(failure, time.monotonic(), rank_0_knows=False)  # if the store did not answer
 
     def await_others(self) -> None:
         """On rank 0, wait after a failure until the other ranks know it: the store may end with rank 0."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,36 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_dgl.distributed import failures, watchdog
 from lightning_dgl.distributed.failures import RankFailedError
 from lightning_dgl.distributed.watchdog import Process, Watchdog, this_process
-
-Watchdogs = Callable[..., list[Watchdog]]
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let hearts beat ten times as fast as in a run, and wait less."""
-    monkeypatch.setattr(Watchdog, "interval", 0.02)
-    monkeypatch.setattr(watchdog, "_FEW_BEATS", 0.4)
-    monkeypatch.setattr(watchdog, "PATIENCE", 1.0)
-    monkeypatch.setattr(failures, "_SUSPICION", 0.1)
-    monkeypatch.setattr(failures, "_SUSPICION_OF_LAUNCHER", 0.05)
-
-
-@pytest.fixture
-def watch() -> Iterator[Watchdogs]:
-    """Start watchdogs of some ranks, of which only rank 0 is loud; stop them after the test."""
-    started: list[Watchdog] = []
-
-    def start(*ranks: int, num_ranks: int = 0, store: Any = None, **kwargs: Any) -> list[Watchdog]:
-        store = store or dist.HashStore()
-        names = [f"Rank {rank}" for rank in range(num_ranks or len(ranks))]
-        defaults: dict[str, Any] = {"timeout": 30.0, "received_sigterm": lambda: False, "children": []}
-        for rank in ranks:
-            started.append(Watchdog(store, rank, names, is_loud=rank == 0, **{**defaults, **kwargs}))
-        return started
-
-    yield start
-    for dog in started:
-        dog.stop()
+from tests.distributed.conftest import Watchdogs
 
 
 def wait_in_vain(dog: Watchdog, peer: int = 0) -> None:
