@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -277,7 +277,8 @@ class DGLStrategy(RankStrategy):
             return model
         device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
         assert self._groups is not None
-        return DistributedDataParallel(replica, device_ids=device_ids, process_group=self._groups.data)
+        with self.stage.collective("to start with equal weights"):
+            return DistributedDataParallel(replica, device_ids=device_ids, process_group=self._groups.data)
 
     # Batches
 

@@ -15,6 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
 from lightning_dgl.distributed import exits
@@ -269,8 +270,13 @@ class DistributedStage(Stage):
             if isinstance(metric, Metric):
                 if self.topology.num_replicas > 1:
                     metric.process_group = self.groups.data
+                    metric.dist_sync_fn = self._gather_metric
                 else:
                     metric.distributed_available_fn = _not_distributed
+
+    def _gather_metric(self, value: Tensor, group: Any) -> list[Tensor]:
+        with self.collective("to put metrics together"):
+            return gather_all_tensors(value, group)
 
     @property
     @override

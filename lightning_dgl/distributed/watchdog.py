@@ -221,7 +221,11 @@ class Watchdog:
     def _end_wait(self, peer: int | None, what: str) -> BaseException:
         """Find the rank to blame for a wait that took too long and kill it if it runs here; return what to raise."""
         self._heart.ask(partial(self._heart.blame, peer, what))
-        # If the store did not answer, rank 0 is to blame, which holds it.
+        # If the store did not answer, rank 0 is to blame, which holds it. Rank 1 kills it and speaks; another rank does
+        # so only if rank 1 does not: else the store breaks meanwhile, from which the heart learns as much.
+        deadline = time.monotonic() + (PATIENCE if self._rank > 1 else 0)
+        while self._state.failure is None and time.monotonic() < deadline:
+            time.sleep(self.interval)
         self._state.learn(self._state.overdue(0, peer, what), time.monotonic(), rank_0_knows=False)
         culprit = self._state.rank_to_kill
         if culprit is not None and self.processes and self.processes[culprit].host == socket.gethostname():
@@ -308,6 +312,7 @@ class _Heart(threading.Thread):
         self._state = state
         self._children = children
         self._beats = 0
+        self._latest_beat = time.monotonic()
         self._main_thread = threading.get_ident()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
@@ -322,7 +327,7 @@ class _Heart(threading.Thread):
                 self._leave()
 
     def ask(self, task: Callable[[], object]) -> None:
-        """Let this thread do ``task``; wait for it, but give up after a while. The main thread calls this."""
+        """Let this thread do ``task``; wait for it, but give up if the store does not answer."""
         done = threading.Event()
 
         def run() -> None:
@@ -330,7 +335,8 @@ class _Heart(threading.Thread):
             done.set()
 
         self._tasks.put(run)
-        done.wait(3 * PATIENCE)
+        while not done.wait(Watchdog.interval) and time.monotonic() - self._latest_beat < 2 * PATIENCE:
+            pass
 
     def _try(self, task: Callable[[], object]) -> None:
         try:
@@ -342,6 +348,7 @@ class _Heart(threading.Thread):
     def _beat(self) -> None:
         self.stopped.wait(Watchdog.interval)  # first, so that a broken store is not asked without a pause
         self._beats += 1
+        self._latest_beat = time.monotonic()
         self._write(f"pulse/{self._rank}", [self._beats, self.num_waits > 0])
 
     def _beat_until(self, ready: Callable[[], bool], seconds: float) -> bool:

@@ -12,9 +12,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch._subclasses import FakeTensorMode
+from torch import Tensor
+from torchmetrics import MeanMetric
 
-from lightning_dgl.distributed import DistributedStage, Groups, RankFailedError
+from lightning_dgl.distributed import DistributedStage, Groups, RankFailedError, Topology
 from tests.distributed.conftest import Watchdogs
 
 CPU = torch.device("cpu")
@@ -29,6 +30,16 @@ def stage(watch: Watchdogs) -> Iterator[DistributedStage]:
     (watchdog,) = watch(0, store=store)
     yield DistributedStage([range(2)], groups, store, watchdog)
     dist.destroy_process_group()
+
+
+class Remote(Tensor):
+    """A tensor on another device, until it is copied to the host. (A fake device would let no later test fork.)"""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(Tensor) if func is Tensor.cpu else result
 
 
 EXCHANGES: dict[str, Callable[[DistributedStage, Any], Any]] = {
@@ -48,13 +59,12 @@ def test_no_rank_gets_a_tensor_on_the_device_of_another(how: str, stage: Distrib
         pickled.append(value)
         return to_bytes({}, *arguments)
 
-    with FakeTensorMode():
-        value = {"loss": torch.zeros((), device="cuda"), "names": ["a", (torch.ones(2, device="cuda"), 3)]}
+    value = {"loss": torch.zeros(()).as_subclass(Remote), "names": ["a", (torch.ones(2).as_subclass(Remote), 3)]}
     with mock.patch.object(dist.distributed_c10d, "_object_to_tensor", note):
         EXCHANGES[how](stage, value)
     (sent,) = pickled
     loss, (name, (ones, number)) = sent["loss"], sent["names"]
-    assert [(t.shape, t.device) for t in (loss, ones)] == [((), CPU), ((2,), CPU)]
+    assert [(type(tensor), tensor.tolist()) for tensor in (loss, ones)] == [(Tensor, 0), (Tensor, [1, 1])]
     assert (name, number) == ("a", 3)
 
 
@@ -77,6 +87,31 @@ def test_a_default_device_does_not_reach_what_the_host_exchanges(stage: Distribu
         stage.broadcast(weights, src=0)
         groups = Groups.make(1, 1, CPU, "gloo", timedelta(seconds=5))
     assert groups.mesh.mesh.device == CPU
+
+
+def test_metrics_of_replicas_meet_under_the_watchdog(watch: Watchdogs, monkeypatch: pytest.MonkeyPatch) -> None:
+    dogs = watch(0, 1)
+    groups: Any = SimpleNamespace(topology=Topology(0, num_replicas=2, num_stages=1), data="the other replica")
+    stage = DistributedStage([range(2)], groups, dist.HashStore(), dogs[0])
+    metric = MeanMetric(distributed_available_fn=lambda: True)
+    stage.synchronise(metric)
+    metric.update(3.0)
+
+    def gather(value: Tensor, group: Any) -> list[Tensor]:
+        assert group == "the other replica"
+        return [value, 2 * value]
+
+    monkeypatch.setattr("lightning_dgl.distributed.stage.gather_all_tensors", gather)
+    assert metric.compute() == 9 / 3  # weights are gathered, too
+
+    def break_down(*_: Any) -> None:
+        dogs[1].report(ZeroDivisionError("the culprit"))
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("lightning_dgl.distributed.stage.gather_all_tensors", break_down)
+    metric.update(4.0)
+    with pytest.raises(RankFailedError, match="Rank 1 failed; "):
+        metric.compute()
 
 
 # Waiting for a device

@@ -187,6 +187,34 @@ def test_rank_0_is_blamed_if_the_store_does_not_answer(watch: Watchdogs, monkeyp
     answer.set()
 
 
+def test_of_ranks_that_wait_for_a_store_that_does_not_answer_rank_1_speaks(
+    watch: Watchdogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_killed = threading.Event()
+
+    def look(heart: Any) -> None:
+        if is_killed.wait(20):
+            raise RuntimeError("connection reset by peer")
+
+    monkeypatch.setattr(watchdog._Heart, "_look", look)
+    monkeypatch.setattr(os, "kill", lambda *_: is_killed.set())
+    first, second = watch(1, 2, num_ranks=3, timeout=0.1)
+    first.processes = second.processes = [this_process()] * 3
+    ends: queue.Queue[BaseException] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            wait_in_vain(second)
+        except BaseException as error:
+            ends.put(error)
+
+    in_thread(wait)
+    with pytest.raises(RankFailedError, match="Rank 0 hangs; "):
+        wait_in_vain(first)
+    assert isinstance(ends.get(timeout=20), SystemExit)
+    assert [first.is_silent, second.is_silent] == [False, True]
+
+
 def test_all_ranks_that_wait_have_come_apart(watch: Watchdogs) -> None:
     dogs = watch(0, 1, timeout=0.3)
 
