@@ -217,7 +217,7 @@ class Asynchronous(Schedule):
 
     def next_block(self) -> int:
         """Return the block whose turn is next, in one process; override it for another order than a random one."""
-        return int(torch.multinomial(torch.tensor(self._weights), 1, generator=self._generator))
+        return int(torch.multinomial(torch.tensor(self._weights, device="cpu"), 1, generator=self._generator))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class DGLStrategy(RankStrategy):
         backend = init_ranks(self.cluster_environment, device, self._process_group_backend, self._timeout)
         processes = self._check_alike()
         if self._groups is None:
-            self._groups = Groups.make(self.num_ranks, self.data_parallel_size, device.type, backend, self._timeout)
+            self._groups = Groups.make(self.num_ranks, self.data_parallel_size, device, backend, self._timeout)
         store = dist.distributed_c10d._get_default_store()
         stage = DistributedStage(self._assignment(), self._groups, store.clone(), self._watchdog(store, processes))
         ends = open_wires(stage, device, self._prefetch, schedule.new_buffer(), schedule.may_read)
@@ -270,12 +271,14 @@ class DGLStrategy(RankStrategy):
         assert isinstance(self.stage, DistributedStage)
         module, blocks = self._module, self.stage.blocks
         parts = [*(module.blocks[j] for j in blocks), *(module.heads[j] for j in blocks if j < len(module.heads))]
-        replica = Replica(module.training_step, parts, self.stage.watchdog.at_work)
+        wait = partial(self.stage.wait_for_device, self.root_device, "to start a step with equal buffers")
+        replica = Replica(module.training_step, parts, self.stage.watchdog.at_work, wait)
         if not any(p.requires_grad for p in replica.parameters()):
             return model
         device_ids = None if self.root_device.type == "cpu" else [self.root_device.index]
         assert self._groups is not None
-        return DistributedDataParallel(replica, device_ids=device_ids, process_group=self._groups.data)
+        with self.stage.collective("to start with equal weights"):
+            return DistributedDataParallel(replica, device_ids=device_ids, process_group=self._groups.data)
 
     # Batches
 
@@ -317,7 +320,9 @@ class DGLStrategy(RankStrategy):
         if not self.stage.is_replicated:
             return super().backward(closure_loss, *args, **kwargs)
         with self.stage.collective("to average gradients"):
-            return super().backward(closure_loss, *args, **kwargs)
+            loss = super().backward(closure_loss, *args, **kwargs)
+            self.stage.wait_for_device(self.root_device, "to average gradients")
+            return loss
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

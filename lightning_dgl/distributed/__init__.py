@@ -2,7 +2,8 @@
 
 topology says where a rank stands, connect joins the ranks, wire carries activations from one to the next, loaders stand
 in for the data of later stages, replica lets ranks train the same blocks, failures and watchdog make one rank's failure
-everyone's, hidden keeps weights that another rank changes from being read, and stage is what one rank has of all this.
+everyone's, hidden keeps weights that another rank changes from being read, stage is what one rank has of all this, and
+exits is what it leaves to do at the end.
 """
 
 from lightning_dgl.distributed.connect import exchange, init_ranks, open_wires

@@ -28,13 +28,25 @@ def init_ranks(environment: ClusterEnvironment, device: torch.device, backend: s
         device: of this rank.
         backend: of torch.distributed; by default gloo on a CPU, and NCCL with gloo for the host's memory on CUDA.
         timeout: how long a rank may keep the others waiting; when they start, at least torch's default.
+
+    Raises:
+        ValueError: if ranks cannot be on such a device.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"Several ranks train on CPUs or CUDA devices, but Trainer(accelerator={device.type!r}). Pass "
+            "accelerator='cpu', or devices=1 and num_nodes=1."
+        )
+    if device.type == "cuda":
+        # When a peer dies, NCCL's own watch would end this process before it can tell the user which rank has died.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # It warns that sends are serialized within a group, but nothing else goes through the group of a wire.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     backend = backend or ("gloo" if device.type == "cpu" else "nccl")
     if backend != "gloo" and ":" not in backend:  # ranks also exchange what is in the host's memory
         backend = f"cpu:gloo,{device.type}:{backend}"
-    options: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
     # A rank may take longer to start than it may keep others waiting afterwards.
-    options["timeout"] = max(timeout, default_pg_timeout)
+    options: dict[str, Any] = {"timeout": max(timeout, default_pg_timeout)}
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # torchrun restarts ranks with the same store, where those of the last attempt have left their addresses.
         rank, num_ranks = environment.global_rank(), environment.world_size()

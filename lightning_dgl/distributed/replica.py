@@ -16,6 +16,7 @@ class Replica(nn.Module):
         training_step: of the whole module, which is not registered: it has the other blocks, too.
         parts: the blocks and heads of the stage.
         at_work: context in which this rank works alone, inside a collective of all replicas.
+        wait_for_buffers: waits until the device has the buffers of the first replica.
     """
 
     def __init__(
@@ -23,13 +24,17 @@ class Replica(nn.Module):
         training_step: Callable[..., Any],
         parts: Iterable[nn.Module],
         at_work: Callable[[], AbstractContextManager[None]],
+        wait_for_buffers: Callable[[], None],
     ) -> None:
         super().__init__()
         self.__dict__["_training_step"] = training_step
         self._at_work = at_work
+        self._wait_for_buffers = wait_for_buffers
         self._parts = nn.ModuleList(parts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Take a training step."""
+        if next(self.buffers(), None) is not None:
+            self._wait_for_buffers()
         with self._at_work():
             return self.__dict__["_training_step"](*args, **kwargs)

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 from typing_extensions import override
 
+from lightning_dgl.distributed import exits
 from lightning_dgl.distributed.topology import Groups
 from lightning_dgl.distributed.watchdog import Watchdog
 
@@ -95,6 +98,9 @@ class Stage:
 
     def meet(self, what: str) -> None:
         """Wait until all ranks are here; ``what`` they meet for."""
+
+    def wait_for_device(self, device: torch.device, what: str) -> None:
+        """Wait for what ``device`` does in common with those of other ranks, ``what`` they meet for."""
 
     def broadcast(self, tensors: Iterable[Tensor], src: int) -> None:
         """Overwrite ``tensors``, on every rank, with those of rank ``src``."""
@@ -180,7 +186,7 @@ class DistributedStage(Stage):
     def gather(self, value: T) -> list[T]:
         everyone: list[Any] = [None] * self.topology.num_ranks
         with self.collective("to exchange values"):
-            dist.all_gather_object(everyone, value, self.groups.everyone)
+            dist.all_gather_object(everyone, _on_host(value), self.groups.everyone)
         return everyone
 
     @override
@@ -191,19 +197,19 @@ class DistributedStage(Stage):
     def merge_on_rank_0(self, values: Mapping[T, Any]) -> dict[T, Any]:
         everyone: list[Any] | None = [None] * self.topology.num_ranks if self.topology.rank == 0 else None
         with self.collective("to gather values on rank 0"):
-            dist.gather_object(values, everyone, group=self.groups.everyone)
+            dist.gather_object(_on_host(values), everyone, group=self.groups.everyone)
         return dict(values) if everyone is None else _merged(everyone[: self.topology.num_stages])
 
     @override
     def agree(self, value: T, src: int = 0) -> T:
-        values = [value]
+        values = [_on_host(value)]
         with self.collective(f"to learn what rank {src} has"):
             dist.broadcast_object_list(values, src, self.groups.everyone)
         return values[0]
 
     @override
     def from_last_stage(self, value: T) -> T:
-        values = [value]
+        values = [_on_host(value)]
         with self.collective("to learn what the last stage has"):
             dist.broadcast_object_list(values, group=self.groups.block, group_src=self.topology.num_stages - 1)
         return values[0]
@@ -211,7 +217,12 @@ class DistributedStage(Stage):
     @override
     def meet(self, what: str) -> None:
         with self.collective(what):
-            dist.all_reduce(torch.zeros(1), group=self.groups.everyone)  # not barrier(), which waits for NCCL, too
+            # not barrier(), which may wait for NCCL
+            dist.all_reduce(torch.zeros(1, device="cpu"), group=self.groups.everyone)
+
+    @override
+    def wait_for_device(self, device: torch.device, what: str) -> None:
+        self.watchdog.wait_for_device(device, what)
 
     @override
     def broadcast(self, tensors: Iterable[Tensor], src: int) -> None:
@@ -223,7 +234,7 @@ class DistributedStage(Stage):
             if is_source:
                 flat = torch.cat([tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
             else:
-                flat = torch.empty(sum(sizes), dtype=torch.uint8)
+                flat = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
             dist.broadcast(flat, src, self.groups.everyone)
             if not is_source:
                 for tensor, part in zip(tensors, torch.split(flat, sizes), strict=True):
@@ -259,8 +270,13 @@ class DistributedStage(Stage):
             if isinstance(metric, Metric):
                 if self.topology.num_replicas > 1:
                     metric.process_group = self.groups.data
+                    metric.dist_sync_fn = self._gather_metric
                 else:
                     metric.distributed_available_fn = _not_distributed
+
+    def _gather_metric(self, value: Tensor, group: Any) -> list[Tensor]:
+        with self.collective("to put metrics together"):
+            return gather_all_tensors(value, group)
 
     @property
     @override
@@ -277,6 +293,7 @@ class DistributedStage(Stage):
     def close(self) -> None:
         self.meet("to finish")
         self.watchdog.stop()
+        exits.after_success()
         self.is_split = self.is_open = False
 
     @override
@@ -292,7 +309,13 @@ class DistributedStage(Stage):
             sys.stderr.flush()
             os._exit(1)
         self.watchdog.stop()
+        exits.after_failure()
         self.is_split = self.is_open = False
+
+
+def _on_host(value: Any) -> Any:
+    """Return ``value`` with all tensors on the CPU: from elsewhere they would arrive on the sender's device."""
+    return apply_to_collection(value, Tensor, Tensor.cpu)
 
 
 def _merged(parts: Iterable[Mapping[T, Any]]) -> dict[T, Any]:

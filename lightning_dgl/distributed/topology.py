@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,20 +78,23 @@ class Groups:
     wires: dict[tuple[int, int], dist.ProcessGroup]
 
     @classmethod
-    def make(cls, num_ranks: int, num_replicas: int, device_type: str, backend: str, timeout: timedelta) -> Groups:
+    def make(cls, num_ranks: int, num_replicas: int, device: torch.device, backend: str, timeout: timedelta) -> Groups:
         """Make all groups; all ranks must call it, at the same point of the program."""
         topology = Topology(dist.get_rank(), num_replicas, num_ranks // num_replicas)
-        grid = torch.arange(num_ranks).view(num_replicas, topology.num_stages)
+        grid = torch.arange(num_ranks, device="cpu").view(num_replicas, topology.num_stages)
 
-        def make(ranks: Sequence[int], timeout: timedelta = timeout) -> list[dist.ProcessGroup]:
-            group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+        def make(ranks: Sequence[int], **options: Any) -> list[dist.ProcessGroup]:
+            group = dist.new_group(list(ranks), backend=backend, **{"timeout": timeout, **options})
             return [group] if isinstance(group, dist.ProcessGroup) else []  # else this rank is not in it
 
         (everyone,) = make(range(num_ranks))
         (data,) = [group for column in grid.T.tolist() for group in make(column)]
         (block,) = [group for row in grid.tolist() for group in make(row)]
-        mesh = DeviceMesh.from_group([data, block], device_type, grid, mesh_dim_names=("data", "block"))
-        wires = {ends: group for ends in topology.wires for group in make(ends, _UNLIMITED)}
+        mesh = DeviceMesh.from_group([data, block], device.type, grid, mesh_dim_names=("data", "block"))
+        # NCCL connects the ranks of a group when it is first used, if ever. Wires are always used, by threads; these
+        # should not all connect at once. The default group must not be bound, or all ranks would join in every group.
+        bound = device if f"{device.type}:nccl" in backend else None
+        wires = {pair: group for pair in topology.wires for group in make(pair, timeout=_UNLIMITED, device_id=bound)}
         return cls(topology, mesh, everyone, wires)
 
     @property

@@ -31,15 +31,25 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from lightning_dgl.distributed.failures import PATIENCE, Failure, FailureState, Pulse, RankFailedError, find_suspects
+from lightning_dgl.distributed.failures import (
+    PATIENCE,
+    Failure,
+    FailureState,
+    Pulse,
+    RankFailedError,
+    find_suspects,
+)
 
 T = TypeVar("T")
 
 _FEW_BEATS = 0.8
 """Seconds in which a healthy heart beats several times."""
+_FEW_KERNELS = 0.0002
+"""Seconds between two looks at a device."""
 
 
 class Process(NamedTuple):
@@ -89,6 +99,7 @@ class Watchdog:
         self._rank = rank
         self._timeout = timeout
         self._received_sigterm = received_sigterm
+        self._own_error: BaseException | None = None
         self._raised_at_work: BaseException | None = None
         self._state = FailureState(rank, names, timeout, is_loud, is_launcher=bool(children))
         self._heart = _Heart(store, rank, len(names), self._state, children)
@@ -99,22 +110,25 @@ class Watchdog:
 
     def check(self) -> None:
         """Raise if a rank failed, or if this process was asked to terminate."""
-        if self._state.failure is not None:
-            raise self._state.error()
+        failure = self._state.failure
+        if failure is not None:
+            is_own = failure.rank == self._rank and self._own_error is not None
+            raise self._own_error if is_own else self._state.error()  # type: ignore[misc]
         if self._received_sigterm():
             raise SIGTERMException
 
-    def wait_until(self, ready: Callable[[], bool], peer: int, what: str) -> float:
+    def wait_until(self, ready: Callable[[], bool], peer: int | None, what: str) -> float:
         """Call ``ready`` until it returns True; return the seconds waited.
 
         Args:
             ready: returns whether the wait is over; waits for :attr:`interval` seconds at most.
-            peer: the rank that this one waits for.
+            peer: the rank that this one waits for; None: all others.
             what: what ``peer`` must do, as messages put it: "to ...".
 
         Raises:
             RankFailedError: if a rank failed, or the wait took longer than the timeout.
             SystemExit: instead, if another rank prints the failure.
+            BaseException: what another thread of this rank has reported.
             SIGTERMException: if this process was asked to terminate.
         """
         began = time.monotonic()
@@ -125,6 +139,24 @@ class Watchdog:
                 if time.monotonic() - began > self._timeout:
                     raise self._end_wait(peer, what)
         return time.monotonic() - began
+
+    def wait_for_device(self, device: torch.device, what: str) -> None:
+        """Wait until ``device`` has done all that it was given, in which all ranks meet ``what`` for. See wait_until.
+
+        NCCL's collectives return before they have met anybody; whoever reads a value of the device next would wait
+        where the watchdog does not see it.
+        """
+        if device.type == "cpu":
+            return
+        event = torch.get_device_module(device).Event()
+        event.record()
+
+        def is_done() -> bool:
+            if not (done := event.query()):
+                time.sleep(_FEW_KERNELS)
+            return done
+
+        self.wait_until(is_done, None, what)
 
     def take(self, source: queue.Queue[T], peer: int, what: str) -> tuple[T, float]:
         """Take an item from ``source``, which ``peer`` fills; return it and the seconds waited. See wait_until."""
@@ -189,7 +221,11 @@ class Watchdog:
     def _end_wait(self, peer: int | None, what: str) -> BaseException:
         """Find the rank to blame for a wait that took too long and kill it if it runs here; return what to raise."""
         self._heart.ask(partial(self._heart.blame, peer, what))
-        # If the store did not answer, rank 0 is to blame, which holds it.
+        # If the store did not answer, rank 0 is to blame, which holds it. Rank 1 kills it and speaks; another rank does
+        # so only if rank 1 does not: else the store breaks meanwhile, from which the heart learns as much.
+        deadline = time.monotonic() + (PATIENCE if self._rank > 1 else 0)
+        while self._state.failure is None and time.monotonic() < deadline:
+            time.sleep(self.interval)
         self._state.learn(self._state.overdue(0, peer, what), time.monotonic(), rank_0_knows=False)
         culprit = self._state.rank_to_kill
         if culprit is not None and self.processes and self.processes[culprit].host == socket.gethostname():
@@ -210,14 +246,18 @@ class Watchdog:
         return not self._state.prints
 
     def report(self, error: BaseException) -> None:
-        """Post that this rank raised ``error``, unless a failure is known; wait until rank 0 knows it."""
+        """Post that this rank raised ``error``, unless a failure is known; wait until rank 0 knows it.
+
+        Any thread may call it; if it is not the main thread, that raises ``error`` when it next waits.
+        """
         if self._state.failure is not None or isinstance(error, RankFailedError):
             return
         failure = self._state.raised(error)
-        self._heart.ask(partial(self._heart.post, failure))
-        self._state.learn(failure, time.monotonic(), rank_0_knows=False)  # if the store did not answer
         if hasattr(error, "add_note"):  # since Python 3.11
             error.add_note(f"Raised on {self._names[self._rank]}.")
+        self._own_error = error
+        self._heart.ask(partial(self._heart.post, failure))
+        self._state.learn(failure, time.monotonic(), rank_0_knows=False)  # if the store did not answer
 
     def await_others(self) -> None:
         """On rank 0, wait after a failure until the other ranks know it: the store may end with rank 0."""
@@ -272,6 +312,7 @@ class _Heart(threading.Thread):
         self._state = state
         self._children = children
         self._beats = 0
+        self._latest_beat = time.monotonic()
         self._main_thread = threading.get_ident()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
@@ -286,7 +327,7 @@ class _Heart(threading.Thread):
                 self._leave()
 
     def ask(self, task: Callable[[], object]) -> None:
-        """Let this thread do ``task``; wait for it, but give up after a while. The main thread calls this."""
+        """Let this thread do ``task``; wait for it, but give up if the store does not answer."""
         done = threading.Event()
 
         def run() -> None:
@@ -294,7 +335,8 @@ class _Heart(threading.Thread):
             done.set()
 
         self._tasks.put(run)
-        done.wait(3 * PATIENCE)
+        while not done.wait(Watchdog.interval) and time.monotonic() - self._latest_beat < 2 * PATIENCE:
+            pass
 
     def _try(self, task: Callable[[], object]) -> None:
         try:
@@ -306,6 +348,7 @@ class _Heart(threading.Thread):
     def _beat(self) -> None:
         self.stopped.wait(Watchdog.interval)  # first, so that a broken store is not asked without a pause
         self._beats += 1
+        self._latest_beat = time.monotonic()
         self._write(f"pulse/{self._rank}", [self._beats, self.num_waits > 0])
 
     def _beat_until(self, ready: Callable[[], bool], seconds: float) -> bool:

@@ -18,8 +18,8 @@ import ctypes
 import json
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,21 @@ class Parcel(NamedTuple):
 
     address: Address
     tensors: Sequence[Any]
+
+
+class _PeerLostError(Exception):
+    """The connection to the rank at the other end broke."""
+
+
+@contextmanager
+def _to_peer() -> Iterator[None]:
+    """Tell errors of the connection from this rank's own, such as too little memory: those are no fault of the peer."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except RuntimeError as error:
+        raise _PeerLostError(str(error)) from error
 
 
 class _End:
@@ -74,11 +89,24 @@ class _End:
                     self._run()
             else:
                 self._run()
-        except BaseException as error:
+        except _PeerLostError as error:
             self._watchdog.lost(self._peer, error)
+        except BaseException as error:
+            self._watchdog.report(error)  # the main thread raises it where it next waits
 
     def _run(self) -> None:
         raise NotImplementedError
+
+    def _event(self) -> Any:
+        """Record how far the device is in this thread's stream; None on a CPU.
+
+        A host thread that waits for the event sleeps, which ``synchronize`` of a stream would not.
+        """
+        if not self._on_accelerator:
+            return None
+        event = torch.get_device_module(self._device).Event(blocking=True)
+        event.record()
+        return event
 
 
 class Outbox(_End):
@@ -126,32 +154,35 @@ class Outbox(_End):
     def _packed(self, address: Address, items: Sequence[Tensor | Message]) -> Any:
         tensors = [_dense(tensor.detach()) for tensor in tensors_of(items)]
         message = items[0] if items and isinstance(items[0], Message) else None
-        header = write_header(address, message, tensors)
-        event = torch.get_device_module(self._device).current_stream().record_event() if self._on_accelerator else None
-        return header, tensors, event
+        return write_header(address, message, tensors), tensors, self._event()
 
     def _put(self, item: Any) -> None:
         self.seconds_waited += self._watchdog.put(self._queue, item, self._peer, "to take the next batch")
 
     @override
     def _run(self) -> None:
-        while True:
-            item = self._queue.get()
-            if item is None:
-                self._send(write_header(None))
-                return
-            header, tensors, event = item
-            if event is not None:
-                event.wait()
-            self._send(header)
-            for tensor in tensors:
-                self._send(_flat(tensor if self._direct else tensor.cpu()))
-            if self._on_accelerator:  # only once they are sent may the memory of the tensors be reused
-                torch.get_device_module(self._device).current_stream().synchronize()
-            del item, tensors, event
+        while self._send_next():
+            pass
+
+    def _send_next(self) -> bool:
+        """Send what is next in the queue, and keep nothing of it; return whether more follows."""
+        item = self._queue.get()
+        if item is None:
+            self._send(write_header(None))
+            return False
+        header, tensors, event = item
+        if event is not None:  # before the header, as the receiver's device spins from then on
+            event.synchronize()
+        self._send(header)
+        for tensor in tensors:
+            self._send(_flat(tensor if self._direct else tensor.cpu()))
+        if self._on_accelerator:  # only once they are sent may the memory of the tensors be reused
+            self._event().synchronize()
+        return True
 
     def _send(self, tensor: Tensor) -> None:
-        dist.send(tensor, self._peer, group=self._group)
+        with _to_peer():
+            dist.send(tensor, self._peer, group=self._group)
         self.bytes_sent += tensor.nbytes
 
 
@@ -206,18 +237,17 @@ class Inbox(_End):
 
     @override
     def _run(self) -> None:
-        while True:
-            parcel = self._receive()
-            self._deliver(parcel)
-            if parcel is None:
-                return
+        while self._deliver(self._receive()):  # no variable holds a parcel while the next one arrives
+            pass
 
-    def _deliver(self, parcel: Parcel | None) -> None:
+    def _deliver(self, parcel: Parcel | None) -> bool:
+        """Hand over what has arrived; return whether more follows."""
         self._queue.put(parcel)  # blocks while the stage is busy, which bounds what is received ahead
+        return parcel is not None
 
     def _receive(self) -> Parcel | None:
-        header = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        dist.recv(header, self._peer, group=self._group)
+        header = torch.empty(HEADER_BYTES, dtype=torch.uint8, device="cpu")
+        self._fill(header)
         found = read_header(header)
         if found is None:
             return None
@@ -225,12 +255,16 @@ class Inbox(_End):
         device = self._device if self._direct else "cpu"
         tensors = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for dtype, shape, stride in layouts]
         for tensor in tensors:
-            dist.recv(_flat(tensor), self._peer, group=self._group)
+            self._fill(_flat(tensor))
         if not self._direct:
             tensors = [tensor.to(self._device) for tensor in tensors]
         if self._on_accelerator:
-            torch.get_device_module(self._device).current_stream().synchronize()
+            self._event().synchronize()
         return Parcel(address, tensors if message is None else message.restored(tensors))
+
+    def _fill(self, tensor: Tensor) -> None:
+        with _to_peer():
+            dist.recv(tensor, self._peer, group=self._group)
 
 
 class ReplayInbox(Inbox):
@@ -249,7 +283,6 @@ class ReplayInbox(Inbox):
         self._may_read = may_read
         self._newest: Address | None = None
         self._ended: Address | None = None
-        self._error: Exception | None = None
         self._is_closed = False
         self._arrival = threading.Condition()
         super().__init__(*arguments)
@@ -265,8 +298,6 @@ class ReplayInbox(Inbox):
 
         def can_read() -> bool:
             with self._arrival:
-                if self._error is not None:
-                    raise self._error
                 if not self._is_ready(address):
                     if self._is_closed:
                         raise _finished_before()
@@ -287,20 +318,17 @@ class ReplayInbox(Inbox):
         return self._may_read(address.batch_idx - reached, self.buffer.is_exhausted)
 
     @override
-    def _deliver(self, parcel: Parcel | None) -> None:
+    def _deliver(self, parcel: Parcel | None) -> bool:
         if parcel is None or not parcel.address.is_training:
             if parcel is not None and parcel.address.phase == END_OF_EPOCH:
                 self._ended = parcel.address
-            super()._deliver(parcel)
-            return
+            return super()._deliver(parcel)
         with self._arrival:
             activation, targets = parcel.tensors
-            try:
-                self.buffer.put(activation, targets, parcel.address.step)
-                self._newest = parcel.address
-            except ValueError as error:  # for the main thread to raise
-                self._error = error
+            self.buffer.put(activation, targets, parcel.address.step)
+            self._newest = parcel.address
             self._arrival.notify_all()
+        return True
 
     @override
     def _run(self) -> None:
@@ -323,8 +351,8 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """View the memory of a dense ``tensor`` as one dimension."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    """View the memory of a dense ``tensor`` as bytes: NCCL does not know every data type that a codec may choose."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 # The header: JSON in HEADER_BYTES bytes, padded with blanks

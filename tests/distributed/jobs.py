@@ -223,6 +223,7 @@ def _call(
     function: Callable[..., None], arguments: dict[str, Any], folder: Path, output: Path, environment: dict[str, str]
 ) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the process that forks this one may ignore
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):

@@ -147,7 +147,7 @@ def test_rank_that_ends_without_a_word(
 
 def test_rank_that_is_killed_while_all_others_wait_for_it_in_common(job: Job) -> None:
     # No link breaks: rank 1 has nothing to send to rank 2, so that its end is noticed only where all ranks meet.
-    start(job, "hand", 3, fault="kill", on=2, hook="on_train_epoch_end")
+    start(job, "hand", 3, fault="kill", on=2, phase="end of epoch")
     outcome = job.wait()
     assert_all_ended(outcome)
     (message,) = messages(outcome)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_dgl.distributed import Groups, Topology, blocks_in_words
 from lightning_dgl.splitting import assign_blocks
@@ -32,11 +35,20 @@ def test_every_wire_joins_a_rank_and_its_next(num_replicas: int, num_stages: int
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_all_ranks_make_the_same_groups_in_the_same_order(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("device", "backend", "bound"),
+    [("cpu", "gloo", None), ("cuda:1", "gloo", None), ("cuda:1", "cpu:gloo,cuda:nccl", "cuda:1")],
+)
+def test_all_ranks_make_the_same_groups_in_the_same_order_and_only_wires_connect_at_once(
+    rank: int, device: str, backend: str, bound: str | None
+) -> None:
     made: list[tuple[int, ...]] = []
+    connected: list[tuple[tuple[int, ...], str]] = []
 
-    def new_group(ranks: list[int], **_: object) -> object:
+    def new_group(ranks: list[int], *, backend: str, timeout: timedelta, device_id: Any = None) -> object:
         made.append(tuple(ranks))
+        if device_id is not None:
+            connected.append((tuple(ranks), str(device_id)))
         return mock.Mock(spec=dist.ProcessGroup) if rank in ranks else object()
 
     with (
@@ -44,9 +56,23 @@ def test_all_ranks_make_the_same_groups_in_the_same_order(rank: int) -> None:
         mock.patch.object(dist, "new_group", new_group),
         mock.patch("lightning_dgl.distributed.topology.DeviceMesh"),
     ):
-        groups = Groups.make(4, 2, "cpu", "gloo", timedelta(seconds=1))
+        groups = Groups.make(4, 2, torch.device(device), backend, timedelta(seconds=1))
     assert made == [(0, 1, 2, 3), (0, 2), (1, 3), (0, 1), (2, 3), (0, 1), (2, 3)]
     assert list(groups.wires) == [(0, 1) if rank < 2 else (2, 3)]
+    assert connected == ([] if bound is None else [((0, 1), bound), ((2, 3), bound)])
+
+
+@pytest.mark.parametrize("rank", [0, 27, 63])
+def test_a_rank_belongs_to_few_of_many_groups(rank: int) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=64)
+    try:
+        groups = Groups.make(64, 8, torch.device("cpu"), "fake", timedelta(seconds=1))
+        sizes = [group.size() for group in (groups.everyone, groups.data, groups.block, *groups.wires.values())]
+        assert sizes == [64, 8, 8] + [2] * (1 if rank in (0, 63) else 2)
+        # Else every rank would have to join whenever some ranks make a group.
+        assert dist.distributed_c10d._get_default_group().bound_device_id is None
+    finally:
+        dist.destroy_process_group()
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.data())

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,36 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_dgl.distributed import failures, watchdog
 from lightning_dgl.distributed.failures import RankFailedError
 from lightning_dgl.distributed.watchdog import Process, Watchdog, this_process
-
-Watchdogs = Callable[..., list[Watchdog]]
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let hearts beat ten times as fast as in a run, and wait less."""
-    monkeypatch.setattr(Watchdog, "interval", 0.02)
-    monkeypatch.setattr(watchdog, "_FEW_BEATS", 0.4)
-    monkeypatch.setattr(watchdog, "PATIENCE", 1.0)
-    monkeypatch.setattr(failures, "_SUSPICION", 0.1)
-    monkeypatch.setattr(failures, "_SUSPICION_OF_LAUNCHER", 0.05)
-
-
-@pytest.fixture
-def watch() -> Iterator[Watchdogs]:
-    """Start watchdogs of some ranks, of which only rank 0 is loud; stop them after the test."""
-    started: list[Watchdog] = []
-
-    def start(*ranks: int, num_ranks: int = 0, store: Any = None, **kwargs: Any) -> list[Watchdog]:
-        store = store or dist.HashStore()
-        names = [f"Rank {rank}" for rank in range(num_ranks or len(ranks))]
-        defaults: dict[str, Any] = {"timeout": 30.0, "received_sigterm": lambda: False, "children": []}
-        for rank in ranks:
-            started.append(Watchdog(store, rank, names, is_loud=rank == 0, **{**defaults, **kwargs}))
-        return started
-
-    yield start
-    for dog in started:
-        dog.stop()
+from tests.distributed.conftest import Watchdogs
 
 
 def wait_in_vain(dog: Watchdog, peer: int = 0) -> None:
@@ -214,6 +185,34 @@ def test_rank_0_is_blamed_if_the_store_does_not_answer(watch: Watchdogs, monkeyp
     assert not second.is_silent
     assert "ZeroDivisionError: the culprit" in message_of(second)
     answer.set()
+
+
+def test_of_ranks_that_wait_for_a_store_that_does_not_answer_rank_1_speaks(
+    watch: Watchdogs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_killed = threading.Event()
+
+    def look(heart: Any) -> None:
+        if is_killed.wait(20):
+            raise RuntimeError("connection reset by peer")
+
+    monkeypatch.setattr(watchdog._Heart, "_look", look)
+    monkeypatch.setattr(os, "kill", lambda *_: is_killed.set())
+    first, second = watch(1, 2, num_ranks=3, timeout=0.1)
+    first.processes = second.processes = [this_process()] * 3
+    ends: queue.Queue[BaseException] = queue.Queue()
+
+    def wait() -> None:
+        try:
+            wait_in_vain(second)
+        except BaseException as error:
+            ends.put(error)
+
+    in_thread(wait)
+    with pytest.raises(RankFailedError, match="Rank 0 hangs; "):
+        wait_in_vain(first)
+    assert isinstance(ends.get(timeout=20), SystemExit)
+    assert [first.is_silent, second.is_silent] == [False, True]
 
 
 def test_all_ranks_that_wait_have_come_apart(watch: Watchdogs) -> None:

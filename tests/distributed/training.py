@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +48,10 @@ class Module(DGLModule):
 
     factor = 1.0
 
+    def before_loss(self) -> None: ...
+
     def local_loss(self, block: int, scores: Tensor, targets: Tensor) -> Tensor:
+        self.before_loss()
         return self.factor * super().local_loss(block, scores, targets)
 
 
@@ -71,6 +75,13 @@ def _break_loss(trainer: L.Trainer) -> None:
     trainer.lightning_module.factor = float("nan")  # type: ignore[assignment]
 
 
+def _run_out_of(error: type[Exception]) -> Callable[[L.Trainer], None]:
+    def run_out(trainer: L.Trainer) -> None:
+        raise error("the culprit")
+
+    return run_out
+
+
 def _crash_once(trainer: L.Trainer) -> None:
     with contextlib.suppress(FileExistsError):
         Path("crashed").touch(exist_ok=False)
@@ -83,6 +94,9 @@ _FAULTS: dict[str, Callable[[L.Trainer], object]] = {
     "exit": lambda _: os._exit(3),
     "hang": _hang,
     "freeze": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "interrupt": lambda _: os.kill(os.getpid(), signal.SIGINT),
+    "device memory": _run_out_of(torch.OutOfMemoryError),
+    "host memory": _run_out_of(MemoryError),
     "terminate": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "stop training": _stop_training,
     "break data": _break_data,
@@ -92,17 +106,35 @@ _FAULTS: dict[str, Callable[[L.Trainer], object]] = {
 }
 
 
+PHASES: dict[str, tuple[str, int | None, int | None]] = {
+    "set-up": ("setup", None, None),
+    "sanity check": ("on_validation_batch_start", 0, 0),
+    "training": ("on_train_batch_start", 1, 3),
+    "end of epoch": ("on_train_epoch_end", 1, None),
+    "validation": ("on_validation_batch_start", 1, 0),
+    "checkpoint": ("on_save_checkpoint", 1, None),
+    "tear-down": ("on_train_end", None, None),
+}
+"""When a fault may strike: the hook, the epoch and the batch."""
+
+
 class Fault(L.Callback):
-    """Lets one rank do one thing wrong in the second epoch: in ``hook``, and there where the fourth batch is met."""
+    """Lets one rank do one thing wrong, once, in one phase; notes when."""
 
-    def __init__(self, what: str, rank: int, hook: str) -> None:
-        self._what, self._rank, self._hook = what, rank, hook
-        setattr(self, hook, self._strike)
+    def __init__(self, what: str, rank: int, phase: str) -> None:
+        self._what, self._rank = what, rank
+        hook, self._epoch, self._batch_idx = PHASES[phase]
+        setattr(self, hook, self._strike_in_forward if "memory" in what and "batch" in hook else self._strike)
 
-    def _strike(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
-        batch_idx = arguments[1] if self._hook == "on_train_batch_start" else 3
-        if (trainer.global_rank, trainer.current_epoch, batch_idx) == (self._rank, 1, 3):
+    def _strike(self, trainer: L.Trainer, pl_module: Any, *arguments: Any, **_: Any) -> None:
+        is_time = self._epoch in (None, trainer.current_epoch) and self._batch_idx in (None, *arguments[1:2])
+        if trainer.global_rank == self._rank and is_time:
+            if self._what != "crash once":
+                Path("struck").write_text(str(time.time()))
             _FAULTS[self._what](trainer)
+
+    def _strike_in_forward(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
+        pl_module.before_loss = lambda: self._strike(trainer, pl_module, *arguments)
 
 
 def weights_of(module: nn.Module) -> str:
@@ -116,7 +148,7 @@ def weights_of(module: nn.Module) -> str:
 def train(
     fault: str | None = None,
     on: int = 0,
-    hook: str = "on_train_batch_start",
+    phase: str = "training",
     *,
     devices: int = 2,
     num_nodes: int = 1,
@@ -124,6 +156,7 @@ def train(
     max_epochs: int = 2,
     start_method: Any = "popen",
     timeout: float = 60,
+    schedule: str = "sync",
     resume: bool = False,
     save_on_exception: bool = False,
     **arguments: Any,
@@ -134,12 +167,14 @@ def train(
     """
     L.seed_everything(3, verbose=False)
     trainer = quiet_trainer(
-        strategy=DGLStrategy(data_parallel_size=data_parallel_size, start_method=start_method, timeout=timeout),
+        strategy=DGLStrategy(
+            schedule, data_parallel_size=data_parallel_size, start_method=start_method, timeout=timeout
+        ),
         devices=devices,
         num_nodes=num_nodes,
         max_epochs=max_epochs,
         callbacks=[
-            *([] if fault is None else [Fault(fault, on, hook)]),
+            *([] if fault is None else [Fault(fault, on, phase)]),
             *([OnExceptionCheckpoint(os.getcwd())] if save_on_exception else []),
             ModelCheckpoint(
                 "checkpoints", "{epoch}", save_top_k=-1, save_last=True, save_on_exception=save_on_exception
