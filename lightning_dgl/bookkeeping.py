@@ -19,7 +19,11 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_dgl.address import current_address
-from lightning_dgl.checks import (
+from lightning_dgl.logs import log_epoch, log_reports
+from lightning_dgl.optim import BlockGradScaler
+from lightning_dgl.run import Run
+from lightning_dgl.shared_values import note_step, report_step, share
+from lightning_dgl.trainer_checks import (
     check_batch_sizes,
     check_block_names,
     check_fit,
@@ -27,10 +31,6 @@ from lightning_dgl.checks import (
     check_not_empty,
     check_validates_each_epoch,
 )
-from lightning_dgl.logs import log_epoch, log_reports
-from lightning_dgl.optim import BlockGradScaler
-from lightning_dgl.run import Run
-from lightning_dgl.shared_values import note_step, report_step, share
 from lightning_dgl.training import Progress, get_random_state, set_random_state
 
 KEY = "lightning_dgl"

@@ -18,14 +18,7 @@ from lightning_dgl.address import current_address
 from lightning_dgl.augmented import Augmented
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
-from lightning_dgl.checks import (
-    check_batch,
-    check_block_names,
-    check_loss,
-    check_optimizer,
-    check_sample_size,
-    check_strategy,
-)
+from lightning_dgl.checks import check_batch, check_loss, check_optimizer, check_sample_size
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
 from lightning_dgl.heads import HeadFactory
@@ -50,6 +43,7 @@ from lightning_dgl.split_module import SplitModule
 from lightning_dgl.splitting import (
     example_batch,
 )
+from lightning_dgl.trainer_checks import check_block_names, check_strategy
 from lightning_dgl.training import Progress, RandomStreams, deliver, step_lr_scheduler, take_turns, whole_graphs
 
 

@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dgl._arguments import check_at_least, plain_list
-from lightning_dgl.checks import check_lengths, check_ranks, check_same, fingerprint
 from lightning_dgl.distributed import (
     DistributedStage,
     Groups,
@@ -52,6 +51,7 @@ from lightning_dgl.module import DGLModule
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Sequential, make_schedule
 from lightning_dgl.splitting import assign_blocks
+from lightning_dgl.trainer_checks import check_lengths, check_ranks, check_same, fingerprint
 
 
 class DGLStrategy(RankStrategy):

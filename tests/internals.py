@@ -126,4 +126,4 @@ def slow_link(trainer: L.Trainer, seconds: float) -> Iterator[None]:
 
 def another_version(version: str) -> Any:
     """Let this rank believe that it runs another version of the package; a context manager."""
-    return mock.patch("lightning_dgl.checks.__version__", version)
+    return mock.patch("lightning_dgl.trainer_checks.__version__", version)

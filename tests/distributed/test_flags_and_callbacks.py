@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lightning_dgl import BlockSummary, DGLStrategy
-from lightning_dgl.checks import check_ranks
+from lightning_dgl.trainer_checks import check_ranks
 from tests.distributed.ranks import Launch, Run, dropout_module, fit
 from tests.runs import MakeTrainer, differences, loader
 
