@@ -2,8 +2,11 @@
 
 A network passes through the modules in this order; ``splitter`` puts them together:
 
-    example_batch -> tracer -> cut_points -> costs -> balance -> blocks
-                     trace     (meta_twin)                       (graph_function, compiled_call)
+    example_batch -> tracer -> cut_points -> costs -> balance -> blocks -> checking
+                     trace     judging                           pieces
+                     sizes                                       (graph_function, compiled_call)
+
+Copies to look at are in copying and meta_twin; what must be noticed or undone in stand_ins, watching and surroundings.
 """
 
 from lightning_dgl.splitting.balance import assign_blocks, balanced_cuts

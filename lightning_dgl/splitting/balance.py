@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from lightning_dgl.splitting.costs import COSTS, HeadFactory
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
@@ -23,6 +23,7 @@ def balanced_cuts(
     head_costs: Sequence[float],
     num_blocks: int,
     input_costs: Sequence[float] | None = None,
+    parameters: Sequence[int] | None = None,
 ) -> list[int]:
     """Choose ``num_blocks - 1`` of the split points, so that the largest block costs least.
 
@@ -32,6 +33,8 @@ def balanced_cuts(
         head_costs: cost of the auxiliary head at each split point.
         num_blocks: how many blocks to make, at most ``len(ranks) + 1``.
         input_costs: what a block that begins at each split point costs on top; nothing by default.
+        parameters: how many parameters the network has up to each split point, and last in all: then no block is
+            without one, unless that is impossible.
 
     Returns:
         Indices of the chosen split points, ascending. Split points of higher rank are used only where that makes the
@@ -49,10 +52,15 @@ def balanced_cuts(
     def cost_between(allowed: Sequence[int]) -> BlockCost:
         starts = [0.0, *(inputs[i] - costs[i] for i in allowed)]
         ends = [*(costs[i] + head_costs[i] for i in allowed), costs[-1]]
-        return lambda i, j: starts[i + 1] + ends[j]
+        if parameters is None:
+            return lambda i, j: starts[i + 1] + ends[j]
+        upto = [0, *(parameters[i] for i in allowed), parameters[-1]]
+        return lambda i, j: starts[i + 1] + ends[j] if upto[j + 1] > upto[i + 1] else math.inf
 
     everywhere = range(len(ranks))
     bound = _smallest_bound(len(ranks), cost_between(everywhere), num_blocks)
+    if bound == math.inf:
+        return balanced_cuts(ranks, costs, head_costs, num_blocks, input_costs)
     for rank in sorted(set(ranks)):
         natural = [i for i in everywhere if ranks[i] <= rank]
         if len(natural) >= num_blocks - 1:
@@ -126,7 +134,16 @@ def choose_points(
         raise SplitError(_why_too_many(traced, num_blocks))
     costs = COSTS[balance](traced, make_head)
     ranks = [point.rank for point in points]
-    return [points[i] for i in balanced_cuts(ranks, costs.upto, costs.head, num_blocks, costs.input)]
+    for parameters in (traced.parameters_upto(trainable=True), traced.parameters_upto(trainable=False)):
+        cuts = balanced_cuts(ranks, costs.upto, costs.head, num_blocks, costs.input, parameters)
+        ends = [0, *(parameters[i] for i in cuts), parameters[-1]]
+        if all(start < end for start, end in pairwise(ends)):
+            return [points[i] for i in cuts]
+    block = next(j for j, (start, end) in enumerate(pairwise(ends)) if start == end)
+    raise SplitError(
+        f"num_blocks={num_blocks} is more than {type(traced.network).__name__} allows: block {block} would have no "
+        f"parameters, so nothing to train. {reason_for_few_points(traced)} Ask for fewer blocks."
+    )
 
 
 def _why_too_many(traced: TracedNetwork, num_blocks: int) -> str:
@@ -141,8 +158,30 @@ def _why_too_many(traced: TracedNetwork, num_blocks: int) -> str:
             f" ({len(hazards)} more, such as {hazards[0]!r}, are followed by an in-place operation; pass inplace=False "
             "to that layer to use them)"
         )
-    whole = traced.traces[True].kept_whole
-    if whole:
-        path, reason = next(iter(whole.items()))
-        message += f". {path!r} is kept whole ({reason}); written as an nn.Sequential it might be cut inside"
-    return message + ". Ask for fewer blocks."
+    return f"{message}. {reason_for_few_points(traced)} Ask for fewer blocks."
+
+
+def reason_for_few_points(traced: TracedNetwork) -> str:
+    """Say in a sentence why a network has few split points."""
+    reasons = []
+    parameters = sum(p.numel() for p in traced.network.parameters())
+    whole = [
+        f"{path!r} is kept whole ({reason}); written as an nn.Sequential it might be cut inside"
+        for path, reason in traced.traces[True].kept_whole.items()
+        if 2 * sum(p.numel() for p in traced.network.get_submodule(path).parameters()) >= parameters
+    ]
+    reasons += whole[:1]
+    if traced.no_batch:
+        name, shape = next(iter(traced.no_batch.items()))
+        reasons.append(
+            f"what crosses at {name!r} and {len(traced.no_batch) - 1} other places, here of shape {shape}, does not "
+            "have the batch as its first dimension"
+        )
+    if not reasons:
+        path, reason = next(iter(traced.traces[True].kept_whole.items()), (None, None))
+        if path is not None:
+            reasons.append(f"{path!r} is kept whole ({reason}); written as an nn.Sequential it might be cut inside")
+        else:
+            reasons.append("elsewhere more than one tensor crosses")
+    text = "; ".join(reasons)
+    return text[0].upper() + text[1:] + "."

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dgl.splitting.compiled_call import CompiledCall
-from lightning_dgl.splitting.cut_points import Cut, SplitPoint, TracedNetwork
+from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
-from lightning_dgl.splitting.graph_function import GraphFunction
-from lightning_dgl.splitting.trace import ModuleCall, Trace
+from lightning_dgl.splitting.pieces import Pieces, Variant
 
 
 class Block(nn.Module):
@@ -27,24 +25,23 @@ class Block(nn.Module):
 
     _network: nn.Module
 
-    def __init__(self, network: nn.Module, extent: str, graphs: dict[bool, fx.Graph]) -> None:
+    def __init__(self, pieces: Pieces, number: int, extent: str) -> None:
         super().__init__()
+        network = pieces.network
         # Attributes are private, because submodules of any name are attached.
         self._extent = extent
-        self._functions = {mode: GraphFunction.of(graph) for mode, graph in graphs.items()}
+        self._pieces = pieces
+        self._number = number
         self._compiled: dict[bool, CompiledCall] = {}
         # Not registered: the block is a piece of the network, not its owner.
         self.__dict__["_network"] = network
         containers: dict[str, None] = {}
         # Buffers of modules that a cut passes through stay with the network, which reads and moves them.
         self._cut_through_buffers: list[tuple[str, str]] = []
-        for graph in graphs.values():
-            for node in graph.nodes:
-                if node.op in ("call_module", "get_attr"):
-                    path = str(node.target)
-                    parts = path.split(".")
-                    containers.update({".".join(parts[:i]): None for i in range(1, len(parts))})
-                    self._attach(path)
+        for path in pieces.paths(number):
+            parts = path.split(".")
+            containers.update({".".join(parts[:i]): None for i in range(1, len(parts))})
+            self._attach(path)
         self._containers = list(containers)
 
     def _attach(self, path: str) -> None:
@@ -56,19 +53,22 @@ class Block(nn.Module):
                 self._cut_through_buffers.append((parent_path, name))
             return
         parent: nn.Module = self
+        # Past add_module and register_parameter, which refuse the names of a block's own methods.
         for part in parent_path.split(".") if parent_path else ():
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = getattr(parent, part)
+            parent = parent._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
         if isinstance(value, nn.Module):
             parent._modules[name] = value
         elif isinstance(value, nn.Parameter):
-            parent.register_parameter(name, value)
+            parent._parameters[name] = value
 
     def forward(self, x: Tensor) -> Any:
-        """Run the piece on ``x``, in the network's present mode."""
+        """Run the piece on ``x``, in the network's present mode and with its present settings.
+
+        Raises:
+            SplitError: if the network was changed since the split in a way that the block cannot follow.
+        """
         mode = self._network.training
-        function = self._functions[mode]
+        function = self._pieces.function(self._number)
         return self._compiled[mode](function, self._network, x) if self._compiled else function(self._network, x)
 
     @override
@@ -117,15 +117,15 @@ class Piece(nn.Module):
         super().__init__()
         memo: dict[int, Any] = {}
         for name, module in block._modules.items():
-            self.add_module(name, copy.deepcopy(module, memo))
+            self._modules[name] = copy.deepcopy(module, memo)
         for name, parameter in block._parameters.items():
-            self.register_parameter(name, copy.deepcopy(parameter, memo))
+            self._parameters[name] = copy.deepcopy(parameter, memo)
         for path, name in block._cut_through_buffers:
             buffer = block._network.get_submodule(path)._buffers[name]
             owner = self.get_submodule(path) if path else self
             owner.register_buffer(name, copy.deepcopy(buffer, memo))
         self.requires_grad_(True)
-        self._functions = block._functions
+        self._functions = {mode: block._pieces.function_in_mode(block._number, mode) for mode in (True, False)}
 
     def forward(self, x: Tensor) -> Any:
         """Run the piece on ``x``."""
@@ -150,103 +150,26 @@ def build_blocks(traced: TracedNetwork, points: Sequence[SplitPoint]) -> nn.Modu
     Raises:
         SplitError: if two blocks would share a parameter, or a module with state.
     """
-    graphs = build_graphs(traced, points)
+    pieces = make_pieces(traced, points)
     blocks = nn.ModuleList()
     for j in range(len(points) + 1):
-        pair = {mode: graphs[mode][j] for mode in (True, False)}
         # A block is named after the modules that it calls; one that calls none, after its operations.
-        operations = [node for node in pair[True].nodes if node.op in ("call_module", "call_function", "call_method")]
+        operations = [n for n in pieces.graphs[j].nodes if n.op in ("call_module", "call_function", "call_method")]
         names = [str(n.target) for n in operations if n.op == "call_module"] or [n.name for n in operations]
         name = _from_to(names[0], points[j].name if j < len(points) else names[-1])
-        blocks.append(Block(traced.network, name, pair))
+        blocks.append(Block(pieces, j, name))
     _check_nothing_shared(blocks)
     return blocks
 
 
-def build_graphs(traced: TracedNetwork, points: Sequence[SplitPoint]) -> dict[bool, list[fx.Graph]]:
-    """Write, for each mode (True: train), one graph for each piece of the network between ``points``."""
-    return {
-        mode: _BlockGraphs(traced.traces[mode], [traced.cuts[mode][point.name] for point in points]).graphs
-        for mode in (True, False)
-    }
-
-
-class _BlockGraphs:
-    """Writes the operations of a trace into one graph for each block, whole module calls wherever possible."""
-
-    def __init__(self, trace: Trace, cuts: Sequence[Cut]) -> None:
-        self.graphs: list[fx.Graph] = []
-        self._cuts = list(cuts)
-        self._order = trace.order
-        self._open(next(iter(trace.graph.nodes)))
-        self._add(trace.root)
-        self._close(next(iter(reversed(trace.graph.nodes))).args[0])
-
-    def _open(self, source: fx.Node) -> None:
-        self._graph = fx.Graph()
-        self._values = {source: self._graph.placeholder("x")}
-
-    def _close(self, result: Any) -> None:
-        self._graph.output(self._map(result))
-        self._graph.lint()
-        self.graphs.append(self._graph)
-
-    def _add(self, call: ModuleCall) -> None:
-        for item in call.items:
-            if isinstance(item, ModuleCall):
-                if self._can_be_whole(item):
-                    self._add_whole(item)
-                else:
-                    self._add(item)
-                last = max((self._order[node] for node in item.nodes() if node in self._order), default=-1)
-            elif item.op == "get_attr":
-                continue  # copied into each block that reads it
-            else:
-                self._values[item] = self._graph.node_copy(item, self._copy)
-                last = self._order[item]
-            if self._cuts and last == self._cuts[0].position:
-                boundary = self._cuts.pop(0).node
-                self._close(boundary)
-                self._open(boundary)
-
-    def _can_be_whole(self, call: ModuleCall) -> bool:
-        if not call.callable_whole:
-            return False
-        inside = set(call.nodes())
-        span = [self._order[node] for node in inside if node in self._order]
-        if any(min(span, default=0) <= cut.position < max(span, default=0) for cut in self._cuts):
-            return False
-        # An argument that the module ignores may have been left behind at the last cut.
-        arguments: set[fx.Node] = set()
-        fx.map_arg((call.args, call.kwargs), arguments.add)  # type: ignore[arg-type]
-        if any(node not in self._values and node.op != "get_attr" for node in arguments):
-            return False
-        # What happens inside must not be used outside, but for what the call returns.
-        returned: set[fx.Node] = set()
-        fx.map_arg(call.output, returned.add)  # type: ignore[arg-type]
-        return all(user in inside for node in inside - returned for user in node.users if user.op != "get_attr")
-
-    def _add_whole(self, call: ModuleCall) -> None:
-        result = self._graph.call_module(call.path, self._map(call.args), self._map(call.kwargs))
-        self._unpack(call.output, result)
-
-    def _unpack(self, output: Any, result: fx.Node) -> None:
-        if isinstance(output, fx.Node):
-            self._values[output] = result
-        elif isinstance(output, dict):
-            for key, part in output.items():
-                self._unpack(part, self._graph.call_function(operator.getitem, (result, key)))
-        elif isinstance(output, (tuple, list)):
-            for i, part in enumerate(output):
-                self._unpack(part, self._graph.call_function(operator.getitem, (result, i)))
-
-    def _copy(self, node: fx.Node) -> fx.Node:
-        if node.op == "get_attr" and node not in self._values:
-            self._values[node] = self._graph.node_copy(node)
-        return self._values[node]
-
-    def _map(self, argument: Any) -> Any:
-        return fx.map_arg(argument, self._copy)
+def make_pieces(traced: TracedNetwork, points: Sequence[SplitPoint]) -> Pieces:
+    """Deal the operations of a traced network to the pieces between ``points``."""
+    traces = {True: traced.traces[True]}
+    if traced.traces[False] is not traced.traces[True]:
+        traces[False] = traced.traces[False]
+    cuts = {mode: [traced.cuts[mode][point.name] for point in points] for mode in traces}
+    variants = [Variant.of(traces[mode], cuts[mode]) for mode in traces]
+    return Pieces(traced.network, traced.example_input, [point.name for point in points], variants)
 
 
 def _check_nothing_shared(blocks: nn.ModuleList) -> None:

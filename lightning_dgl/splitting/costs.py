@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
 from lightning_dgl.splitting.errors import SplitError
-from lightning_dgl.splitting.meta_twin import dry_run
-from lightning_dgl.splitting.network_state import in_mode, preserved_state
+from lightning_dgl.splitting.meta_twin import dry_run, real_twin
+from lightning_dgl.splitting.network_state import in_mode, preserved_random, preserved_state
+from lightning_dgl.splitting.surroundings import kept_surroundings
 from lightning_dgl.splitting.trace import run_node
 
 HeadFactory = Callable[[SplitPoint], nn.Module]
@@ -98,12 +99,12 @@ class _Held:
 
 def memory(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
     """Count the bytes that autograd holds for backward, for one sample: in a block, at its input and in its head."""
-    network, trace = traced.network, traced.traces[True]
+    network, trace = real_twin(traced.network).train(), traced.traces[True]
     # Two real samples: without data, attention takes another path than on a device, and holds its whole matrix.
     samples = traced.example_input[:2].clone()
     held = _Held([*network.parameters(), *network.buffers()])
     values: dict[fx.Node, Any] = {}
-    with preserved_state(network), in_mode(network, True), torch.enable_grad(), held.saving():
+    with kept_surroundings(network), preserved_random(network), torch.enable_grad(), held.saving():
         for node in trace.graph.nodes:
             held.step = trace.order.get(node, held.step)
             values[node] = samples if node.op == "placeholder" else run_node(network, node, values)
@@ -140,13 +141,13 @@ def measure_segments(traced: TracedNetwork, repeats: int = 5) -> list[float]:
     Each stretch between two neighbouring split points is run on the example batch in train mode, as if it were a block;
     the median of ``repeats`` runs counts.
     """
-    network, trace = traced.network, traced.traces[True]
+    network, trace = real_twin(traced.network).train(), traced.traces[True]
     boundaries = [traced.cuts[True][point.name] for point in traced.usable]
     stops = [cut.position for cut in boundaries] + [len(trace.operations) - 1]
     attributes = [node for node in trace.graph.nodes if node.op == "get_attr"]
     placeholder, output = next(iter(trace.graph.nodes)), next(iter(reversed(trace.graph.nodes)))
     seconds = []
-    with preserved_state(network), in_mode(network, True), torch.enable_grad():
+    with kept_surroundings(network), preserved_random(network), torch.enable_grad():
         start, source, tensor = 0, placeholder, traced.example_input
         for i, stop in enumerate(stops):
             nodes = trace.operations[start : stop + 1]

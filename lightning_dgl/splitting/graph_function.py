@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import linecache
 from collections.abc import Callable
 from types import ModuleType
@@ -31,8 +32,18 @@ class GraphFunction:
     @classmethod
     def of(cls, graph: fx.Graph) -> GraphFunction:
         """Write ``graph`` as Python source, and compile that."""
+        # fx writes any path as attributes; modules may be named "global", or with quotes.
+        unusual: dict[fx.Node, tuple[str, str]] = {}
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr") and any(map(_is_unusual, str(node.target).split("."))):
+                unusual[node] = (f"_path_{len(unusual)}_", str(node.target))
+                node.target = unusual[node][0]
         code = graph.python_code(root_module="self")
-        return cls(code.src, dict(code.globals))
+        source = code.src
+        for node, (token, path) in unusual.items():
+            node.target = path
+            source = source.replace(f"self.{token}", _attribute(path))
+        return cls(source, dict(code.globals))
 
     def __call__(self, module: nn.Module, x: Tensor) -> Any:
         """Run the graph's operations on ``x``."""
@@ -43,6 +54,17 @@ class GraphFunction:
         modules = {name: value.__name__ for name, value in self._names.items() if isinstance(value, ModuleType)}
         others = {name: value for name, value in self._names.items() if name not in modules}
         return (_restore, (self._source, others, modules))
+
+
+def _is_unusual(name: str) -> bool:
+    return keyword.iskeyword(name) or not (name.isidentifier() or name.isdecimal())
+
+
+def _attribute(path: str) -> str:
+    source = "self"
+    for name in path.split("."):
+        source = f"getattr({source}, {name!r})"
+    return source
 
 
 def _restore(source: str, names: dict[str, Any], modules: dict[str, str]) -> GraphFunction:

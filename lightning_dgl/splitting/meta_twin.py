@@ -4,82 +4,61 @@ A dry run takes place on the network's *meta twin*, a copy with all tensors on P
 shape, a dtype and a version counter, but no memory. So nothing is computed, and whatever the run changes, it changes in
 the twin; the network itself needs no restoring. Nor does it start threads or look for a GPU, after which the process
 could not fork.
+
+Where an operation needs data, a copy with data is run instead.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_dgl.splitting.copying import as_kind_of, clone_tensors, copy_network
 from lightning_dgl.splitting.errors import SplitError
-from lightning_dgl.splitting.network_state import in_mode, preserved_state
+from lightning_dgl.splitting.network_state import preserved_random
+from lightning_dgl.splitting.surroundings import kept_surroundings
 
 T = TypeVar("T")
 
 
 def meta_twin(network: nn.Module) -> nn.Module:
-    """Copy ``network`` with every parameter, buffer and other tensor attribute on the meta device.
-
-    Modules that share a tensor share its twin, too. An attribute that cannot be copied, such as a lock, is shared with
-    the network.
-    """
-    modules = list(network.modules())
-    tensors = [
-        value
-        for module in modules
-        for store in (module._parameters, module._buffers, vars(module))
-        for value in store.values()
-        if isinstance(value, Tensor)
-    ]
-    # deepcopy takes what it finds here for copied already. The lists keep the originals alive: ids stay unique.
-    memo: dict[int, Any] = {id(tensor): _meta_tensor(tensor) for tensor in tensors}
-    memo.update({id(module): object.__new__(type(module)) for module in modules})
-    for module in modules:
-        attributes = vars(memo[id(module)])
-        for name, value in vars(module).items():
-            try:
-                attributes[name] = copy.deepcopy(value, memo)
-            except Exception:
-                attributes[name] = value
-    return memo[id(network)]
+    """Copy ``network`` with every parameter, buffer and other tensor attribute on the meta device."""
+    return copy_network(network, lambda tensor: as_kind_of(tensor, torch.empty_like(tensor, device="meta").detach()))
 
 
-def _meta_tensor(tensor: Tensor) -> Tensor:
-    twin = torch.empty_like(tensor, device="meta")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
-    return twin.requires_grad_(tensor.requires_grad)
+def real_twin(network: nn.Module) -> nn.Module:
+    """Copy ``network`` with the values of its tensors."""
+    return copy_network(network, clone_tensors())
 
 
 @contextmanager
 def without_data() -> Iterator[None]:
     """Run a meta twin: tensors that its forward makes are on the meta device, too."""
-    with torch.no_grad(), torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.device("meta"), preserved_random():
         yield
 
 
 def dry_run(network: nn.Module, example_input: Tensor, training: bool, run: Callable[[nn.Module, Tensor], T]) -> T:
     """Call ``run`` with the twin of ``network`` and of the example; ``network`` stays as it was.
 
-    Where that fails, ``run`` is called with ``network`` and the example themselves, and their state restored.
+    Where that fails, ``run`` is called with copies of ``network`` and the example that have data.
 
     Raises:
         SplitError: if ``run`` fails there, too.
     """
     try:
         twin = meta_twin(network).train(training)
-        with without_data():
+        with kept_surroundings(network), without_data():
             return run(twin, example_input.to("meta"))
     except Exception:  # an operation that needs data, or an input that does not fit: real tensors will tell
         pass
     try:
-        with in_mode(network, training), preserved_state(network), torch.no_grad():
-            return run(network, example_input.clone())
+        with kept_surroundings(network), preserved_random(network), torch.no_grad():
+            return run(real_twin(network).train(training), example_input.clone())
     except Exception as error:
         raise SplitError(
             f"example_input of shape {tuple(example_input.shape)} and dtype {example_input.dtype} does not pass "

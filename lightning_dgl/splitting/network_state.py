@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,23 +27,41 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
 def preserved_state(network: nn.Module) -> Iterator[None]:
     """Undo what running the network does to its buffers (BatchNorm statistics) and to the random generators."""
     saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    generators = [(device, torch.get_device_module(device).get_rng_state(device)) for device in _accelerators(network)]
-    with torch.random.fork_rng(devices=[]):
+    with preserved_random(network):
         try:
             yield
         finally:
-            for device, state in generators:
-                torch.get_device_module(device).set_rng_state(state, device)
             with torch.no_grad():
                 for buffer, value in saved:
                     buffer.copy_(value)
 
 
+@contextmanager
+def preserved_random(network: nn.Module | None = None) -> Iterator[None]:
+    """Restore the random generators of Python, NumPy and PyTorch, those of the network's accelerators included."""
+    devices = set() if network is None else _accelerators(network)
+    generators = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+            for device, state in generators:
+                torch.get_device_module(device).set_rng_state(state, device)
+
+
 def seed_generators(network: nn.Module, seed: int) -> None:
-    """Seed the default generators that :func:`preserved_state` restores; all others keep the user's seed."""
+    """Seed the generators that :func:`preserved_random` restores; those of other accelerators keep the user's seed."""
     torch.default_generator.manual_seed(seed)
     for device in _accelerators(network):
         seed_accelerator(device, seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
 
 
 def seed_accelerator(device: torch.device, seed: int) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lightning_dgl.splitting.balance import choose_points
+from lightning_dgl.splitting.balance import choose_points, reason_for_few_points
 from lightning_dgl.splitting.blocks import build_blocks
+from lightning_dgl.splitting.checking import module_that_differs
 from lightning_dgl.splitting.costs import count_flops
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, analyse
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.example_batch import example_batch
-from lightning_dgl.splitting.network_state import in_mode, preserved_state, seed_generators
 
 
 @dataclass(frozen=True)
@@ -94,16 +92,49 @@ def split_network(
     example_input = example_batch(network, example_input)
     if num_blocks == 1 or (split_at is not None and len(split_at) == 0):
         return SplitNetwork(nn.ModuleList([network]), [], [count_flops(network, example_input)], None)
-    traced = analyse(network, example_input)
-    if split_at is not None:
-        points = _points_named(traced, split_at)
-    else:
-        assert num_blocks is not None
-        points = choose_points(traced, num_blocks, balance, make_head and partial(make_head, traced))
+    whole: set[str] = set()
+    while True:
+        traced = analyse(network, example_input, whole)
+        if split_at is not None:
+            points = _points_named(traced, split_at)
+        else:
+            assert num_blocks is not None
+            points = choose_points(traced, num_blocks, balance, make_head and partial(make_head, traced))
+        culprit = module_that_differs(traced, points)
+        if culprit is None:
+            break
+        if culprit == "" or culprit in whole:
+            raise SplitError(
+                f"The blocks do not reproduce {type(network).__name__}: the forward of "
+                f"{type(network.get_submodule(culprit)).__name__} depends on something that tracing does not see, such "
+                "as the batch size or state kept outside buffers. Move that part into a separate submodule, or pass "
+                "the network as an nn.Sequential."
+            )
+        whole.add(culprit)
     blocks = build_blocks(traced, points)
-    _check_blocks(network, blocks, points, example_input)
     ends = [*(point.cost for point in points), traced.cost]
-    return SplitNetwork(blocks, points, [end - start for start, end in zip([0.0, *ends], ends, strict=False)], traced)
+    costs = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+    if split_at is None:
+        _warn_if_lopsided(traced, points, costs)
+    return SplitNetwork(blocks, points, costs, traced)
+
+
+def _warn_if_lopsided(traced: TracedNetwork, points: list[SplitPoint], costs: list[float]) -> None:
+    """Warn if one block does nearly all the work, and say why."""
+    shares = [cost / sum(costs) for cost in costs]
+    if max(shares) < 0.85:
+        return
+    largest = shares.index(max(shares))
+    first, last = (
+        (points[largest - 1].name if largest else "the input"),
+        (points[largest].name if largest < len(points) else "the output"),
+    )
+    warnings.warn(
+        f"Block {largest} of {type(traced.network).__name__} (from {first} to {last}) does {max(shares):.0%} of the "
+        f"FLOPs; the blocks have {', '.join(f'{share:.0%}' for share in shares)}. {reason_for_few_points(traced)} "
+        "Training it in blocks gains little.",
+        stacklevel=4,
+    )
 
 
 def _points_named(traced: TracedNetwork, split_at: Sequence[str]) -> list[SplitPoint]:
@@ -136,47 +167,16 @@ def _unknown_name(traced: TracedNetwork, name: str, known: list[str]) -> str:
     calls = [other for other in known if other.rpartition("@")[0] == name]
     if calls:
         return f"{message}, because the module is called more than once. Say after which call: {', '.join(calls)}."
-    if name in dict(traced.network.named_modules()):
+    if name in traced.no_batch:
+        return (
+            f"{message}: what crosses there, of shape {traced.no_batch[name]} for {len(traced.example_input)} samples, "
+            "does not have the batch as its first dimension. Cut elsewhere, or have it there (batch_first=True)."
+        )
+    whole = traced.traces[True].kept_whole
+    inside = next((path for path in whole if str(name).startswith(f"{path}.")), None)
+    if inside is not None:
+        message += f": {inside!r} is kept whole ({whole[inside]})"
+    elif name in dict(traced.network.named_modules()):
         message += ": the module exists, but more than its one output is needed after it (or it is the last one)"
     close = difflib.get_close_matches(str(name), known, n=3) or known[:3]
     return f"{message}. Names near it: {', '.join(close)}; find_split_points(network, example_input) lists all."
-
-
-def _check_blocks(
-    network: nn.Module, blocks: nn.ModuleList, points: Sequence[SplitPoint], example_input: Tensor
-) -> None:
-    """Run network and blocks on random data, in train mode and, with one sample more, in eval mode."""
-    with preserved_state(network):
-        data = torch.randn_like(example_input) if example_input.is_floating_point() else example_input
-    for mode, batch in ((True, data), (False, torch.cat([data, data[:1]]))):
-        with in_mode(network, mode), torch.no_grad():
-            with preserved_state(network):
-                seed_generators(network, 0)
-                expected = network(batch.clone())
-            with preserved_state(network):
-                seed_generators(network, 0)
-                outputs: list[tuple[Any, int]] = []
-                x: Any = batch.clone()
-                for j, block in enumerate(blocks):
-                    x = block(x)
-                    for (output, version), point in zip(outputs, points, strict=False):
-                        if output._version != version:
-                            raise SplitError(
-                                f"Block {j} overwrites its input, the output of {point.name!r}, in place, which would "
-                                "corrupt what the auxiliary head reads. Cut elsewhere (split_at), or avoid the "
-                                "in-place operation."
-                            )
-                    if j < len(points):
-                        outputs.append((x, x._version))
-        try:
-            torch.testing.assert_close(_tensors(x), _tensors(expected), rtol=1e-3, atol=1e-5, equal_nan=True)
-        except AssertionError as error:
-            raise SplitError(
-                f"The blocks do not reproduce {type(network).__name__} in {'train' if mode else 'eval'} mode: its "
-                "forward depends on something that tracing does not see, such as the batch size or state kept outside "
-                "buffers. Move that part into a separate submodule, or pass the network as an nn.Sequential."
-            ) from error
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -62,13 +62,17 @@ class Trace:
         graph: every operation, with the parameters and buffers that it reads as separate nodes (``get_attr``).
         root: the tree of module calls.
         returns: the path of a module and the node that it returned, for each call, inner calls before outer ones.
+        passed: the numbers of those calls that returned what they were given.
         kept_whole: the path of each module with children that could not be traced into, and the reason.
+        settings: the plain attributes that each module traced into has read, and their values.
     """
 
     graph: fx.Graph
     root: ModuleCall
     returns: list[tuple[str, fx.Node]]
+    passed: set[int]
     kept_whole: dict[str, str]
+    settings: dict[str, dict[str, Any]]
 
     @cached_property
     def operations(self) -> list[fx.Node]:
@@ -84,6 +88,17 @@ class Trace:
     def spans(self) -> list[tuple[str, int, int]]:
         """The path of every module that was traced into, and its first and last operation, for each call."""
         return list(self._spans(self.root))
+
+    def path_of(self, node: fx.Node) -> str:
+        """Return the path of the innermost module that was traced into and contains ``node``."""
+        call, inner = self.root, True
+        while inner:
+            inner = False
+            for item in call.items:
+                if isinstance(item, ModuleCall) and any(node is other for other in item.nodes()):
+                    call, inner = item, True
+                    break
+        return call.path
 
     def _spans(self, call: ModuleCall) -> Iterator[tuple[str, int, int]]:
         for item in call.items:

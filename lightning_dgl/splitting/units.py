@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_dgl.splitting.blocks import Block, build_graphs
+from lightning_dgl.splitting.blocks import Block, make_pieces
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
 
 _LARGE = 1 / 6
@@ -56,10 +56,10 @@ def units_after(traced: TracedNetwork, point: SplitPoint) -> tuple[list[Unit], U
     """Return the units that follow ``point``, in forward order, and the tail, which ends in the network's output."""
     borders = [border for border in _borders(traced) if border.cost > point.cost]
     points = [point, *borders]
-    graphs = build_graphs(traced, points)
+    pieces = make_pieces(traced, points)
     units = []
     for j, (start, end) in enumerate(zip(points, [*borders, None], strict=True), start=1):
-        block = Block(traced.network, "", {mode: graphs[mode][j] for mode in (True, False)})
+        block = Block(pieces, j, "")
         units.append(Unit(block, end, (end.cost if end else traced.cost) - start.cost))
     return units[:-1], units[-1]
 
