@@ -88,7 +88,7 @@ def test_in_the_root_it_is_refused(kind: str) -> None:
         find_split_points(InRoot(act), torch.randn(2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("kind", UNSEEN)
+@pytest.mark.parametrize("kind", [kind for kind in UNSEEN if kind != "append outside"])
 def test_in_a_submodule_it_is_kept(kind: str) -> None:
     network, x = Around(Part(UNSEEN[kind][0])).eval(), torch.randn(2, 3, 8, 8)
     assert not any(point.name.startswith("part.") for point in find_split_points(network, x))
@@ -100,6 +100,11 @@ def test_in_a_submodule_it_is_kept(kind: str) -> None:
     assert calls == [0]
     if kind != "numpy":
         assert_equivalent(network, blocks, x)
+
+
+def test_activations_kept_outside_of_the_network_are_refused_anywhere() -> None:
+    with pytest.raises(SplitError, match="keeps an activation in a place outside of the network"):
+        find_split_points(Around(Part(append_outside)), torch.randn(2, 3, 8, 8))
 
 
 class Settings(Network):
