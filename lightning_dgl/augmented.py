@@ -24,8 +24,8 @@ from lightning_dgl.splitting import SplitError, SplitPoint, TracedNetwork, Unit,
 _PARAMETERS, _FLOPS = 1 / 2, 1 / 4
 # A head of one unit may have up to this part of the network's parameters.
 _AT_MOST = 1 / 3
-FEW_PARAMETERS = 100_000
-"""A head may always have so many parameters, however small the network is."""
+# A head may always have so many parameters, however small the network is.
+_FEW = 100_000
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class _Budget:
     def of(cls, traced: TracedNetwork, num_heads: int, pool: int) -> _Budget:
         total = num_parameters(traced.network)
         share = max(1 / num_heads, 1 / 3)
-        parameters = max(FEW_PARAMETERS, _PARAMETERS * share * total)
+        parameters = max(_FEW, _PARAMETERS * share * total)
         return cls(parameters, _FLOPS * share * traced.cost * pool**2, max(parameters, _AT_MOST * total))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dgl.augmented import FEW_PARAMETERS, num_parameters
+from lightning_dgl.augmented import num_parameters
 from lightning_dgl.optim import BlockParameters
 from lightning_dgl.splitting import SplitPoint, in_mode, output_shape, preserved_state
 
@@ -148,9 +148,9 @@ def _no_scalar(loss: Any) -> str:
 
 
 def warn_of_large_heads(network: nn.Module, heads: nn.ModuleList) -> None:
-    """Warn if auxiliary heads have more parameters than the network, and more than a few."""
+    """Warn if auxiliary heads have more parameters than the network, and so many that it matters."""
     of_heads, of_network = num_parameters(heads), num_parameters(network)
-    if of_heads > max(of_network, FEW_PARAMETERS * len(heads)):
+    if of_heads > max(of_network, 1_000_000):
         warnings.warn(
             f"The auxiliary heads together have {of_heads:,} parameters, {of_heads / of_network:.1f} times the "
             f"network's {of_network:,}. head='augmented' makes heads that keep to about half; or make fewer blocks.",
