@@ -73,7 +73,7 @@ def share(trainer: Trainer, module: LightningModule, run: Run, *, training: bool
         run: of this rank.
         training: whether an epoch of training ends, rather than of an evaluation.
     """
-    if not run.stage.is_split:
+    if not run.stage.is_split or trainer.barebones:  # which logs nothing
         return
     mine = {name: item._replace(for_loggers=False) for name, item in logged_in_steps(trainer, on_step=True).items()}
     mine |= logged_in_steps(trainer, on_step=False) if training else logged_values(trainer)

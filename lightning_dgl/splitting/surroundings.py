@@ -7,11 +7,13 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
+_CACHED = type(lru_cache(lambda: None))
 _CONTAINERS = (dict, list, set, deque)
 
 
@@ -31,7 +33,7 @@ def kept_surroundings(network: nn.Module) -> Iterator[None]:
     names = [(owner, dict(vars(owner))) for owner in owners]
     held = {id(value): value for _, before in names for value in before.values()}.values()
     contents: list[tuple[Any, Any]] = [(value, value.copy()) for value in held if isinstance(value, _CONTAINERS)]
-    caches = [(value, value.cache_info().currsize) for value in held if hasattr(value, "cache_info")]
+    caches = [(value, value.cache_info().currsize) for value in held if isinstance(value, _CACHED)]
     try:
         yield
     finally:
