@@ -53,7 +53,7 @@ def test_pooling_for_accelerators_keeps_the_dtype() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])  # no fork after fake CUDA
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_head_pools_adaptively_on_cuda_where_that_is_not_deterministic(head: str, device: str) -> None:
     with FakeTensorMode(), Operations() as operations, torch.device(device):
         HEADS[head](16, 7, 10)(torch.randn(4, 16, 7, 7))

@@ -123,7 +123,6 @@ def fake_cuda() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-@pytest.mark.slow  # fake CUDA tensors: afterwards the process can no longer fork
 def test_fake_tensors_notice_what_these_tests_look_for(fake_cuda: FakeTensorMode) -> None:
     with fake_cuda:
         x = torch.randn(3, device="cuda")
@@ -133,7 +132,6 @@ def test_fake_tensors_notice_what_these_tests_look_for(fake_cuda: FakeTensorMode
             x + torch.randn(3, device="cpu")
 
 
-@pytest.mark.slow  # fake CUDA tensors: afterwards the process can no longer fork
 @pytest.mark.parametrize("ignore_index", [None, -100])
 def test_evaluation_on_cuda(ignore_index: int | None, fake_cuda: FakeTensorMode) -> None:
     metrics = BlockMetrics(metric_collection(None, ignore_index), 2, range(2))
@@ -151,13 +149,11 @@ def test_evaluation_on_cuda(ignore_index: int | None, fake_cuda: FakeTensorMode)
     assert {value.device.type for value in values.values()} == {"cuda"}
 
 
-@pytest.mark.slow  # fake CUDA tensors: afterwards the process can no longer fork
 def test_labels_of_a_first_batch_are_looked_at_on_cuda(fake_cuda: FakeTensorMode) -> None:
     with fake_cuda, torch.device("cuda"), pytest.raises(DataDependentOutputException):
         check_batch((torch.randn(8, 3), torch.zeros(8, dtype=torch.long)), 0, 4, None)
 
 
-@pytest.mark.slow  # fake CUDA tensors: afterwards the process can no longer fork
 def test_coding_on_cuda(fake_cuda: FakeTensorMode) -> None:
     quantizer = VectorQuantizer(300, 4, num_codebooks=2)
     quantizer.update(torch.randn(4, 16, 5, 5))
