@@ -7,8 +7,11 @@ from typing import NamedTuple
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import RunningStage
 
+START_OF_VALIDATION = "start of validation"
+"""Phase of the mark that follows the batches of training before a validation."""
+
 END_OF_EPOCH = "end of epoch"
-"""Phase of the mark that follows the batches of an epoch of training."""
+"""Phase of the mark that follows the batches of an epoch of training, and their validation."""
 
 
 class Address(NamedTuple):
@@ -29,13 +32,18 @@ class Address(NamedTuple):
     step: int
 
     @property
+    def is_mark(self) -> bool:
+        """Whether it is no batch, but a place after the batches of training so far, where all ranks meet."""
+        return self.phase in (START_OF_VALIDATION, END_OF_EPOCH)
+
+    @property
     def is_training(self) -> bool:
         """Whether blocks train on the batch."""
         return self.phase == RunningStage.TRAINING.value
 
     def __str__(self) -> str:
-        if self.phase == END_OF_EPOCH:
-            return f"the end of epoch {self.epoch}, after batch {self.batch_idx}"
+        if self.is_mark:
+            return f"the {self.phase.removesuffix(' of epoch')} of epoch {self.epoch}, after batch {self.batch_idx}"
         return f"batch {self.batch_idx} of {self.phase!r} in epoch {self.epoch} (data loader {self.dataloader_idx})"
 
 

@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_dgl.address import current_address
+from lightning_dgl.address import END_OF_EPOCH, START_OF_VALIDATION, Address, current_address
+from lightning_dgl.distributed.rank_strategy import RankStrategy
 from lightning_dgl.logs import log_epoch, log_reports
 from lightning_dgl.optim import BlockGradScaler
 from lightning_dgl.run import Run
@@ -100,7 +101,8 @@ class Bookkeeping(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Let callbacks and hooks of the validation read the weights of all blocks."""
         report_step(trainer, pl_module.run)
-        pl_module.run.others.copy_if_hidden()
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            pl_module.run.copy_other_blocks(_mark(trainer, START_OF_VALIDATION))
 
     @override
     @_for_dgl_modules
@@ -134,8 +136,7 @@ class Bookkeeping(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let all ranks know all training values, so that callbacks that monitor one decide alike."""
         run: Run = pl_module.run  # type: ignore[assignment]
-        run.end_epoch(current_address(trainer, trainer.fit_loop.batch_idx))
-        run.others.copy_if_hidden()
+        run.copy_other_blocks(_mark(trainer, END_OF_EPOCH))
         run.metrics.pop("train")
         report_step(trainer, run)
         share(trainer, pl_module, run, training=True)
@@ -165,7 +166,7 @@ class Bookkeeping(Callback):
     @_for_dgl_modules
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let no callback fail to save a checkpoint, which would hide the failure that it is told of."""
-        if hasattr(trainer.strategy, "forgo_checkpoints"):
+        if isinstance(trainer.strategy, RankStrategy):
             trainer.strategy.forgo_checkpoints(trainer)
 
     @override
@@ -225,6 +226,10 @@ class Bookkeeping(Callback):
         for link, state in zip(run.links[1:], saved.get("codecs", []), strict=False):
             if link.codec is not None and state is not None:
                 link.codec.load_state_dict(state)
+
+
+def _mark(trainer: Trainer, phase: str) -> Address:
+    return current_address(trainer, trainer.fit_loop.batch_idx)._replace(phase=phase)
 
 
 def _log_metrics(module: Any, phase: str, num_batches: Sequence[float]) -> None:

@@ -104,11 +104,11 @@ class Link:
             self.traffic.decode_seconds += time.perf_counter() - began
         return activation, targets
 
-    def send_end(self, mark: Address) -> None:
-        """Send the mark that ends an epoch; only a link to another rank does."""
+    def send_mark(self, mark: Address) -> None:
+        """Send the mark of a place where ranks meet; only a link to another rank does."""
 
-    def await_end(self, mark: Address) -> None:
-        """Wait for the mark that ends an epoch; raise RuntimeError if it is another one. Only between ranks."""
+    def await_mark(self, mark: Address) -> None:
+        """Wait for the mark of a place where ranks meet; raise RuntimeError if it is another. Only between ranks."""
 
     def close(self) -> None:
         """Wait until everything is sent and read; only a link to another rank has anything to wait for."""
@@ -207,7 +207,7 @@ class SendingLink(Link):
             self._outbox.put(address, tensors)
 
     @override
-    def send_end(self, mark: Address) -> None:
+    def send_mark(self, mark: Address) -> None:
         self._outbox.put(mark, ())
 
     @override
@@ -235,7 +235,7 @@ class ReceivingLink(Link):
         return self._inbox.get(address)
 
     @override
-    def await_end(self, mark: Address) -> None:
+    def await_mark(self, mark: Address) -> None:
         self._inbox.get(mark)
 
     @override

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dgl.address import END_OF_EPOCH, Address
+from lightning_dgl.address import Address
 from lightning_dgl.distributed import Stage
 from lightning_dgl.links import Link
 from lightning_dgl.metrics import EpochMetrics
@@ -57,15 +57,21 @@ class Run:
         """The link that this stage sends to."""
         return self.links[self.stage.blocks[-1] + 1]
 
-    def end_epoch(self, last: Address) -> None:
-        """Tell the next stage that the epoch of training ends with the batch at ``last``.
+    def meet_at(self, mark: Address) -> None:
+        """Check that the stage before this one has come to the same ``mark``, and tell the next one.
+
+        Without it, ranks that have come apart would wait for each other, each in a collective of its own.
 
         Raises:
-            RuntimeError: if the epoch of the stage before this one ends with another batch.
+            RuntimeError: if the stage before this one is somewhere else.
         """
-        mark = last._replace(phase=END_OF_EPOCH)
-        self.incoming.await_end(mark)
-        self.outgoing.send_end(mark)
+        self.incoming.await_mark(mark)
+        self.outgoing.send_mark(mark)
+
+    def copy_other_blocks(self, mark: Address) -> None:
+        """Let this rank read the weights of all blocks; all ranks must call it, at ``mark``."""
+        self.meet_at(mark)
+        self.others.copy_if_hidden()
 
     def close(self) -> None:
         """Drain the links and wait for all ranks. Collectives still work afterwards."""

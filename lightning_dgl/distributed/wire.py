@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dgl.address import END_OF_EPOCH, Address
+from lightning_dgl.address import Address
 from lightning_dgl.codecs import HEADER_BYTES, Message, tensors_of
 from lightning_dgl.distributed.watchdog import Watchdog
 from lightning_dgl.replay import ReplayBuffer
@@ -282,10 +282,17 @@ class ReplayInbox(Inbox):
         self.buffer = buffer
         self._may_read = may_read
         self._newest: Address | None = None
-        self._ended: Address | None = None
+        self._mark: Address | None = None  # the newest that has arrived, until it is taken
         self._is_closed = False
         self._arrival = threading.Condition()
         super().__init__(*arguments)
+
+    @override
+    def get(self, address: Address) -> Sequence[Any]:
+        tensors = super().get(address)
+        if self._mark == address:
+            self._mark = None
+        return tensors
 
     def replay(self, address: Address) -> Sequence[Any]:
         """Return a buffered batch to train on at ``address``; wait for the first one, and while too far ahead.
@@ -301,8 +308,8 @@ class ReplayInbox(Inbox):
                 if not self._is_ready(address):
                     if self._is_closed:
                         raise _finished_before()
-                    if self._ended is not None and self._ended.epoch == address.epoch:
-                        self.get(address)  # raises: that epoch has ended before
+                    if self._mark is not None:
+                        self.get(address)  # raises: the sender is somewhere else
                     self._arrival.wait(self._watchdog.interval)
                 if self._is_ready(address):
                     read.append(self.buffer.get(beyond_max_reuse=True))
@@ -320,8 +327,8 @@ class ReplayInbox(Inbox):
     @override
     def _deliver(self, parcel: Parcel | None) -> bool:
         if parcel is None or not parcel.address.is_training:
-            if parcel is not None and parcel.address.phase == END_OF_EPOCH:
-                self._ended = parcel.address
+            if parcel is not None and parcel.address.is_mark:
+                self._mark = parcel.address
             return super()._deliver(parcel)
         with self._arrival:
             activation, targets = parcel.tensors

@@ -161,7 +161,7 @@ def test_an_epoch_may_end_early_on_every_rank(schedule: str, launch: Launch) -> 
         assert_same_outcome(several, run(1))
 
 
-@pytest.mark.parametrize(("rank", "schedule"), [(0, "sync"), (0, "async"), (1, "sync")])
+@pytest.mark.parametrize(("rank", "schedule"), [(0, "sync"), (0, "async"), (1, "sync"), (1, "async")])
 def test_an_epoch_that_ends_early_on_one_rank_is_an_error_at_once(rank: int, schedule: str, launch: Launch) -> None:
     strategy = DGLStrategy(schedule, timeout=60, start_method="fork")
 
