@@ -12,9 +12,8 @@ from torch import nn
 
 from tests.runs import MakeTrainer, loader, quiet_trainer, small_cnn  # noqa: F401
 
-
-# torch's autograd starts its threads at a process's first backward pass, for as many devices as there seem to be, and
-# after that a process cannot fork. Fake tensors, which torch.compile uses too, make it seem that there is a CUDA device.
+# torch's autograd starts its threads at a process's first backward pass, for as many devices as there seem to be. After
+# that a process cannot fork. Fake tensors, which torch.compile uses too, make it seem that there is a CUDA device.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

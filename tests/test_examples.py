@@ -69,14 +69,16 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_its_runs_can_be_repea
     compare = importlib.import_module("compare")
     grid = dataclasses.replace(compare.EXPERIMENTS["codecs"], points={"half": "--codec half", "8": "--codec 256x8"})
     monkeypatch.setitem(compare.EXPERIMENTS, "codecs", grid)
-    arguments = ("codecs", "--data", "digits", *TINY, "--seeds", "3")
+    results = tmp_path / "results.csv"
+    arguments = ("codecs", "--data", "digits", *TINY, "--seeds", "3", "--results", str(results))
     script("compare", *arguments)
     printed = capsys.readouterr().out
-    results = tmp_path / "results" / "codecs.csv"
     before = rows(results)
     assert len(before) == 3  # two codecs, synchronously and, but for one, asynchronously
     assert "| asynchronous | " in printed and "±" not in printed
-    assert results.with_suffix(".png").stat().st_size > 1000
+    assert (tmp_path / "codecs.png").stat().st_size > 1000
+    script("compare", *arguments, "--show")
+    assert capsys.readouterr().out in printed and rows(results) == before
 
     results.write_text("\n".join(results.read_text().splitlines()[:-1]) + "\n")
     script("compare", *arguments)
@@ -86,7 +88,7 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_its_runs_can_be_repea
     row = next(row for row in before if "256x8" in row["arguments"])
     assert 12 < float(row["compression"]) < 32
     capsys.readouterr()
-    script("cifar10", *row["arguments"].split())
+    script("cifar10", "--data", row["data"], *row["arguments"].split())
     alone = capsys.readouterr().out
     for j, accuracy in enumerate(row["blocks"].split()):
         assert f"block {j}: {accuracy} %" in alone
@@ -95,21 +97,26 @@ def test_a_comparison_goes_on_where_it_was_interrupted_and_its_runs_can_be_repea
 
 @pytest.mark.slow
 def test_a_whole_comparison_in_a_process_of_its_own(tmp_path: Path) -> None:
-    arguments = ("codecs", "--data", "digits", *TINY, "--channels", "16", "--seeds", "3")
+    results = tmp_path / "results.csv"
+    arguments = ("codecs", "--data", "digits", *TINY, "--channels", "16", "--seeds", "3", "--results", str(results))
     command = [sys.executable, str(RECIPES / "compare.py"), *arguments]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
-    assert len(rows(tmp_path / "results" / "codecs.csv")) == 11  # six codecs, one of them synchronously only
+    assert len(rows(results)) == 11  # six codecs, one of them synchronously only
 
 
-@pytest.mark.parametrize("experiment", ["heads", "sequential", "blocks", "dni", "delays", "codecs"])
-@pytest.mark.parametrize("protocol", ["full", "reduced"])
-def test_comparisons_ask_for_what_there_is(experiment: str, protocol: str, script: Main) -> None:
+def test_comparisons_ask_for_what_there_is(script: Main) -> None:
     compare, cifar10 = importlib.import_module("compare"), importlib.import_module("cifar10")
-    grid = compare.EXPERIMENTS[experiment]
-    for own in grid.runs().values():
-        reduced = grid.reduced if protocol == "reduced" else ""
-        assert cifar10.parse(f"{grid.common} {reduced} {own}".split()).method in cifar10.METHODS
+    for grid in compare.EXPERIMENTS.values():
+        for own in grid.runs().values():
+            assert cifar10.parse(f"{grid.common} {own}".split()).method in cifar10.METHODS
+
+
+def test_results_that_belong_to_the_repository_are_of_comparisons(script: Main) -> None:
+    compare = importlib.import_module("compare")
+    known = [f"{grid.common} {own}".split() for grid in compare.EXPERIMENTS.values() for own in grid.runs().values()]
+    found = [row["arguments"].split() for row in rows(RECIPES / "results.csv")]
+    assert found and all(arguments[:-2] in known for arguments in found)
 
 
 @pytest.mark.parametrize(

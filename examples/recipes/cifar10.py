@@ -210,13 +210,17 @@ class AllScores(nn.Module):
         return self.module.block_scores(images)
 
 
+def num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str, Any]:
     """Train as the arguments say; with loggers, also show progress and evaluate after every epoch.
 
     Returns:
         ``accuracies``, on the test set, of every block in percent; that of their ``ensemble``; ``compression``, how
         many times smaller than the blocks' outputs was what the next ones were given, targets and codebooks included;
-        ``head_share``, the forward FLOPs of the auxiliary heads over those of the network.
+        ``head_flops`` and ``head_parameters``, of the auxiliary heads over those of the network.
     """
     train_images, test_images = load_images(args)
     L.seed_everything(args.seed, verbose=False)
@@ -254,12 +258,16 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
     values = {name: 100 * value.item() for name, value in trainer.callback_metrics.items()}
     if not isinstance(module, DGLModule):
         accuracy = values["test/acc"]
-        return {"accuracies": [accuracy], "ensemble": accuracy, "compression": 1.0, "head_share": 0.0}
+        return {
+            **{"accuracies": [accuracy], "ensemble": accuracy, "compression": 1.0},
+            **{"head_flops": 0.0, "head_parameters": 0.0},
+        }
     return {
         "accuracies": [values[f"test/acc_block{j}"] for j in range(module.num_blocks)],
         "ensemble": values["test/acc_ensemble"],
         "compression": sum(own.raw_bytes for own in traffic) / encoded if encoded else 1.0,
-        "head_share": sum(module.head_flops) / sum(module.block_flops),
+        "head_flops": sum(module.head_flops) / sum(module.block_flops),
+        "head_parameters": num_parameters(module.heads) / num_parameters(module.network),
     }
 
 

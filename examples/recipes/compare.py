@@ -1,13 +1,13 @@
-"""Run one of the paper's comparisons: a grid of runs of cifar10.py, a table and a figure.
+"""Run one comparison: a grid of runs of cifar10.py, a table and a figure.
 
     pip install "lightning-dgl[examples]"
-    python examples/recipes/compare.py codecs                         # the protocol of the paper: hours on a GPU
-    python examples/recipes/compare.py codecs --protocol reduced      # a smaller one, for a CPU: a minute or two a run
-    python examples/recipes/compare.py codecs --protocol reduced --data digits --seeds 0     # a look at it, in minutes
+    python examples/recipes/compare.py resnet20                       # half an hour a run on one CPU core
+    python examples/recipes/compare.py resnet20 --data digits --epochs 1 --seeds 0 --results look.csv     # a look at it
 
-Results go to a CSV file as they come, each with the arguments of cifar10.py that repeat it. A run that is there already
-is not run again: to go on after an interruption, or to add seeds, give the command again. Several processes may fill
-one file at once, with other seeds each.
+Every run becomes a row of a CSV file, with the arguments of cifar10.py that repeat it. A run that is there already is
+not run again: to go on after an interruption, to add seeds, or to print the tables of docs/results.md from the rows
+that belong to this repository, give the command again. Several processes may fill one file at once, with other seeds
+each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ except ImportError as error:
     sys.exit(f'{error}. This example needs matplotlib: pip install "lightning-dgl[examples]"')
 
 
+RESULTS = Path(__file__).with_name("results.csv")
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A grid of runs: a line in the figure for each of ``lines``, a point on it for each of ``points``.
@@ -38,7 +41,6 @@ class Experiment:
     Attributes:
         title: what is compared.
         common: arguments of all runs.
-        reduced: further arguments with ``--protocol reduced``.
         lines: arguments of each line, by its name.
         points: arguments of each point, by its name; without any, a line shows all blocks.
         axis: what the points differ in.
@@ -47,7 +49,6 @@ class Experiment:
 
     title: str
     common: str
-    reduced: str
     lines: dict[str, str]
     points: dict[str, str] = field(default_factory=dict)
     axis: str = "block"
@@ -63,29 +64,65 @@ class Experiment:
         }
 
 
-LESS_DATA = "--images 10000 --epochs 8 --drops 3 6"
+FAST = "--precision bf16-mixed --channels-last"
+HEADS = {
+    "backpropagation": "--method backprop",
+    "MLP-SR": "--blocks 4 --head mlp_sr",
+    "augmented": "--blocks 4 --head augmented",
+}
 
 EXPERIMENTS = {
+    "resnet20": Experiment(
+        "ResNet-20 in four blocks",
+        common="--recipe modern --network resnet20",
+        lines=HEADS | {head: f"--blocks 4 --head {head}" for head in ("linear", "mlp", "cnn")},
+    ),
+    "resnet20_blocks": Experiment(
+        "ResNet-20: into how many blocks?",
+        common="--recipe modern --network resnet20",
+        lines={
+            "backpropagation": "--method backprop",
+            **{name: f"--head {head}" for name, head in (("MLP-SR", "mlp_sr"), ("augmented", "augmented"))},
+        },
+        points={"1": "", **{str(number): f"--blocks {number}" for number in (2, 4, 9)}},
+        axis="number of blocks (9: every residual unit)",
+        skip=(
+            *(("backpropagation", number) for number in ("2", "4", "9")),
+            *((line, "1") for line in ("MLP-SR", "augmented")),
+        ),
+    ),
+    "vgg11": Experiment("VGG-11 in four blocks", common="--recipe modern --network vgg11_bn", lines=HEADS),
+    "four_layers": Experiment(
+        "All blocks at once, or one after another?",
+        common=f"--network four_layers {FAST}",
+        lines={
+            "at once": "",
+            "one after another": "--method sequential",
+            "backpropagation": "--method backprop",
+            "at once, augmented": "--head augmented",
+        },
+    ),
+    "four_layers_async": Experiment(
+        "Slow blocks and codecs",
+        common="--recipe modern --network four_layers --epochs 20",
+        lines={
+            "synchronous": "",
+            **{f"S = {slowdown}": f"--method async --slowdown {slowdown}" for slowdown in ("1.0", "1.2", "1.5")},
+            **{
+                f"{schedule}, 256 codes of {dimension}": f"{arguments}--codec 256x{dimension}"
+                for schedule, arguments in (("synchronous", ""), ("S = 1.0", "--method async --slowdown 1.0 "))
+                for dimension in (4, 8)
+            },
+        },
+    ),
     "heads": Experiment(
         "Which auxiliary head?",
         common="--network six_layers --method dgl",
-        reduced=f"{LESS_DATA} --channels 16",
         lines={head: f"--head {head}" for head in ("linear", "mlp", "mlp_sr", "cnn")},
-    ),
-    "sequential": Experiment(
-        "All blocks at once, or one after another?",
-        common="--network four_layers --head mlp_sr",
-        reduced=f"{LESS_DATA} --channels 16",
-        lines={
-            "decoupled": "--method dgl",
-            "sequential": "--method sequential",
-            "backpropagation": "--method backprop",
-        },
     ),
     "blocks": Experiment(
         "Into how many blocks?",
         common="--network resnet110 --head mlp_sr --epochs 300 --lr 0.01 --drops 150 225 --drop-to 0.1",
-        reduced="--network resnet20 --images 5000 --epochs 8 --lr 0.1 --drops 4 6",
         lines={"DGL": "--method dgl"},
         points={str(number): f"--blocks {number}" for number in (1, 2, 4, 8)},
         axis="number of blocks (1: backpropagation)",
@@ -93,7 +130,6 @@ EXPERIMENTS = {
     "dni": Experiment(
         "Local losses, or synthetic gradients?",
         common="--network dni_network --optimizer adam --lr 3e-5 --drops --batch-size 256 --epochs 1500",
-        reduced="--images 10000 --channels 16 --epochs 15 --lr 1e-3",
         lines={
             "backpropagation": "--method backprop",
             "DGL": "--method dgl --head cnn",
@@ -104,7 +140,6 @@ EXPERIMENTS = {
     "delays": Experiment(
         "How slow may a block be?",
         common="--network six_layers_late_pools --head mlp",
-        reduced=f"{LESS_DATA} --channels 8",
         lines={
             "synchronous": "--method dgl",
             **{f"M = {size}": f"--method async --buffer-size {size}" for size in (1, 5, 30)},
@@ -116,7 +151,6 @@ EXPERIMENTS = {
     "codecs": Experiment(
         "What does compression cost?",
         common="--network six_layers_late_pools --head mlp --update-bn",
-        reduced="--images 5000 --epochs 8 --drops 3 6 --channels 16",
         lines={"synchronous": "--method dgl", "asynchronous": "--method async"},
         points={
             "raw": "--codec raw",
@@ -131,14 +165,18 @@ EXPERIMENTS = {
     ),
 }
 
-COLUMNS = ("arguments", "blocks", "ensemble", "compression", "head_share", "seconds")
+COLUMNS = (
+    *("data", "arguments", "blocks", "ensemble", "compression"),
+    *("head_flops", "head_parameters", "cpu_seconds"),
+)
 
 
-def read(results: Path) -> dict[str, dict[str, str]]:
-    """Return the row of each run that is finished, by its arguments."""
+def read(results: Path, data: str) -> dict[str, dict[str, str]]:
+    """Return the row of each run on ``data`` that is finished, by its arguments."""
     if not results.exists():
         return {}
-    return {row["arguments"]: row for row in csv.DictReader(results.read_text().splitlines())}
+    rows = csv.DictReader(results.read_text().splitlines())
+    return {row["arguments"]: row for row in rows if row["data"] == data}
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -151,7 +189,7 @@ Outcomes = dict[str, dict[str, list[float]]]
 
 
 def accuracies(experiment: Experiment, of_run: dict[tuple[str, str], list[dict[str, str]]]) -> Outcomes:
-    values: Outcomes = {line: {} for line in experiment.lines}
+    values: Outcomes = {line: {} for line in experiment.lines if any(line == run[0] for run in of_run)}
     of_blocks = {names: [[float(a) for a in row["blocks"].split()] for row in rows] for names, rows in of_run.items()}
     depth = max(len(blocks) for seeds in of_blocks.values() for blocks in seeds)
     for (line, point), seeds in of_blocks.items():
@@ -201,66 +239,91 @@ def figure(experiment: Experiment, values: Outcomes) -> Figure:
     return drawing
 
 
+def run(arguments: str, data: str, cache: Path) -> list[str]:
+    """Train as ``arguments`` say; return the row of this run."""
+    began = time.process_time()
+    outcome = cifar10.train(cifar10.parse(["--data", data, "--cache", str(cache), *shlex.split(arguments)]))
+    return [
+        Path(data).name,
+        arguments,
+        " ".join(f"{accuracy:.2f}" for accuracy in outcome["accuracies"]),
+        f"{outcome['ensemble']:.2f}",
+        f"{outcome['compression']:.2f}",
+        f"{outcome['head_flops']:.4f}",
+        f"{outcome['head_parameters']:.4f}",
+        f"{time.process_time() - began:.0f}",
+    ]
+
+
+def further_columns(of_run: dict[tuple[str, str], list[dict[str, str]]]) -> dict[str, dict[str, str]]:
+    """Return, by title and line, what else is told of lines without points."""
+    first = {line: rows[0] for (line, _), rows in of_run.items()}
+    seconds = {line: statistics.fmean(float(row["cpu_seconds"]) for row in rows) for (line, _), rows in of_run.items()}
+    columns = {
+        "FLOPs of heads": {line: f"{float(row['head_flops']):.1%}" for line, row in first.items()},
+        "their parameters": {line: f"{float(row['head_parameters']):.1%}" for line, row in first.items()},
+    }
+    if "backpropagation" in seconds:
+        times = {line: f"{own / seconds['backpropagation']:.2f}" for line, own in seconds.items()}
+        columns["CPU time over backpropagation"] = times
+    return columns
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
-    parser.add_argument("--protocol", choices=("full", "reduced"), default="full", help="the paper's, or a smaller one")
+    parser.add_argument("--lines", nargs="+", help="only these lines of the table; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder with train/ and test/")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder for the CSV file and the figure")
+    parser.add_argument("--cache", type=Path, default=Path("data"), help="folder for what is downloaded and decoded")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV file; a figure lies beside it")
+    parser.add_argument("--show", action="store_true", help="run nothing, show what is finished")
     parser.epilog = "Further arguments, such as --accelerator gpu, go to cifar10.py in all runs."
     args, further = parser.parse_known_args()
+    experiment = EXPERIMENTS[args.experiment]
+    if unknown := set(args.lines or ()) - set(experiment.lines):
+        parser.error(
+            f"argument --lines: no {', '.join(map(repr, unknown))} in {', '.join(map(repr, experiment.lines))}"
+        )
     be_quiet()
 
-    experiment = EXPERIMENTS[args.experiment]
-    reduced = experiment.reduced if args.protocol == "reduced" else ""
-    common = shlex.split(f"{experiment.common} {reduced}") + further
+    common = [*shlex.split(experiment.common), *further]
     runs = {
-        (*names, seed): shlex.join(["--data", args.data, *common, *shlex.split(own), "--seed", str(seed)])
+        (*names, seed): shlex.join([*common, *shlex.split(own), "--seed", str(seed)])
         for seed in args.seeds
         for names, own in experiment.runs().items()
+        if not args.lines or names[0] in args.lines
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    results = args.output / f"{args.experiment}.csv"
-    if not results.exists():
-        results.write_text(",".join(COLUMNS) + "\n")
-    done = read(results)
+    data = Path(args.data).name
+    if not args.results.exists():
+        args.results.write_text(",".join(COLUMNS) + "\n")
+    done = read(args.results, data)
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*shown) as progress:
+    with Progress(*shown, disable=args.show) as progress:
         task = progress.add_task("runs", total=len(runs), completed=sum(run in done for run in runs.values()))
-        for names, arguments in runs.items():
+        for names, arguments in () if args.show else runs.items():
             if arguments in done:
                 continue
-            own = cifar10.parse([*shlex.split(arguments), "--cache", str(args.output / "data")])
             progress.update(task, description=", ".join(map(str, filter(None, names))))
-            began = time.monotonic()
             try:
-                outcome = cifar10.train(own)
+                row = run(arguments, args.data, args.cache)
             except (FileNotFoundError, ValueError) as error:
                 sys.exit(str(error))
-            row = [
-                arguments,
-                " ".join(f"{accuracy:.2f}" for accuracy in outcome["accuracies"]),
-                f"{outcome['ensemble']:.2f}",
-                f"{outcome['compression']:.2f}",
-                f"{outcome['head_share']:.4f}",
-                f"{time.monotonic() - began:.0f}",
-            ]
-            with results.open("a", newline="") as file:
+            with args.results.open("a", newline="") as file:
                 csv.writer(file).writerow(row)
             progress.advance(task)
-    done = read(results)
+    done = read(args.results, data)
     of_run: dict[tuple[str, str], list[dict[str, str]]] = {}
     for (line, point, _), arguments in runs.items():
-        of_run.setdefault((line, point), []).append(done[arguments])
+        if arguments in done:
+            of_run.setdefault((line, point), []).append(done[arguments])
+    if not of_run:
+        sys.exit(f"{args.results} has none of these runs on {data}: give the command without --show.")
     values = accuracies(experiment, of_run)
-    figure(experiment, values).savefig(results.with_suffix(".png"), dpi=150)
-    heads = {}
-    if not experiment.points:
-        shares = {line: max(float(row["head_share"]) for row in of_run[line, ""]) for line in experiment.lines}
-        heads["FLOPs of heads"] = {line: f"{share:.1%}" for line, share in shares.items()}
-    print(table(values, heads))
-    print(f"Results: {results}, figure: {results.with_suffix('.png')}")
+    drawn = args.results.with_name(f"{args.experiment}.png")
+    figure(experiment, values).savefig(drawn, dpi=150)
+    print(table(values, {} if experiment.points else further_columns(of_run)))
+    print(f"Results: {args.results}, figure: {drawn}")
 
 
 if __name__ == "__main__":
