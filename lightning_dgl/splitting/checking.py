@@ -71,7 +71,8 @@ def _batches(network: nn.Module, example: Tensor) -> Iterator[list[Call]]:
             height, width = x.shape[2:]
             # Half the size is cheap; of small images, double the size.
             other = x[:, :, : height // 2, : width // 2] if min(height, width) >= 64 else x.repeat(1, 1, 2, 2)
-            yield [*first, (True, other), (False, other[:1])]
+            if _takes(network, other[:1]):
+                yield [*first, (True, other), (False, other[:1])]
         yield [*first, (True, x), (False, x[:1])]
 
 
@@ -86,6 +87,15 @@ def _first_that_runs(network: nn.Module, example: Tensor) -> tuple[list[Call], l
         f"mode ({type(failure).__name__}: {failure}). Pass an example_input that the network accepts; it must accept "
         "batches of any size."
     ) from failure
+
+
+def _takes(network: nn.Module, batch: Tensor) -> bool:
+    try:
+        with kept_surroundings(network):
+            _run_network(network, [(False, batch)])
+    except Exception:
+        return False
+    return True
 
 
 def _run_network(network: nn.Module, calls: list[Call]) -> tuple[list[Any], list[Tensor]]:

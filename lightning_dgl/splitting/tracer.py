@@ -51,6 +51,10 @@ from lightning_dgl.splitting.watching import (
     unlike,
 )
 
+_GENERATIONS = (0, 1, 2, None)
+"""Of garbage, what to collect in turn to find out whether a proxy is still in use. What was made in a forward is young,
+and all of it would take half a second."""
+
 
 def trace(network: nn.Module, example_input: Tensor, whole: Collection[str] = ()) -> dict[bool, Trace]:
     """Trace ``network`` in train mode (key True) and eval mode (key False); ``network`` stays as it is.
@@ -190,7 +194,7 @@ class _Tracer(fx.Tracer):
 
     def _find_leaks(self) -> None:
         """Find the modules that made a proxy which somebody still keeps."""
-        for collected in (False, True):
+        for generation in _GENERATIONS:
             alive = [(proxy(), path) for proxy, path in self._proxies]
             # Not those of a module whose trace was given up: it is kept whole by now.
             self.leaks = {
@@ -199,8 +203,8 @@ class _Tracer(fx.Tracer):
             del alive
             if not self.leaks:
                 break
-            if not collected:
-                gc.collect()
+            if generation is not None:
+                gc.collect(generation)
         self._proxies.clear()
 
     # The graph
@@ -299,14 +303,15 @@ class _Tracer(fx.Tracer):
             self.entered = m
             output = forward(*args, **kwargs)
             returned = {id(leaf) for leaf in tree_leaves(output)}
-            for collected in (False, True):
+            for generation in _GENERATIONS:
                 kept = [
                     sys.getrefcount(given[i]) > n and id(given[i]) not in returned for i, n in enumerate(references)
                 ]
-                if any(kept) and collected:
+                if not any(kept):
+                    break
+                if generation is None:
                     raise Opaque("keeps its input in a place outside of the network, such as a global list")
-                if any(kept):
-                    gc.collect()
+                gc.collect(generation)
         try:
             call.args, call.kwargs = self.create_arg(args), self.create_arg(kwargs)
             call.output = self.create_arg(output)
