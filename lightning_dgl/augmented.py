@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dgl._arguments import check_at_least
-from lightning_dgl.heads import HeadFactory, head_factory
-from lightning_dgl.splitting import SplitError, SplitPoint, TracedNetwork, Unit, output_shape, units_after
+from lightning_dgl.heads import HEADS, HeadFactory
+from lightning_dgl.splitting import (
+    SplitError,
+    SplitPoint,
+    TracedNetwork,
+    Unit,
+    num_parameters,
+    output_shape,
+    units_after,
+)
 
 # At four blocks, heads get up to half of the network's parameters and a quarter of its FLOPs together.
 _PARAMETERS, _FLOPS = 1 / 2, 1 / 4
@@ -211,11 +219,6 @@ def spread(num_units: int, changes: Sequence[int], depth: int) -> list[int]:
     return chosen
 
 
-def num_parameters(module: nn.Module) -> int:
-    """Return how many parameters ``module`` has."""
-    return sum(p.numel() for p in module.parameters())
-
-
 def _runs(head: nn.Module, traced: TracedNetwork, point: SplitPoint, num_classes: int) -> bool:
     """Return whether ``head`` makes class scores of what comes from ``point``."""
     features = torch.empty(point.shape, dtype=traced.example_input.dtype, device="meta")
@@ -229,7 +232,22 @@ def _runs(head: nn.Module, traced: TracedNetwork, point: SplitPoint, num_classes
 
 
 def head_maker(head: str | HeadFactory | Augmented) -> HeadFactory | Augmented:
-    """Return what makes the heads that ``head`` asks for: "augmented", an :class:`Augmented`, or as `head_factory`."""
+    """Return what makes the heads that ``head`` names, or ``head`` itself.
+
+    Raises:
+        ValueError: if there is no head of that name.
+        TypeError: if ``head`` is neither a name nor a callable; modules are refused, because blocks need one each.
+    """
     if head == "augmented":
         return Augmented()
-    return head if isinstance(head, Augmented) else head_factory(head)
+    if isinstance(head, str) and head in HEADS:
+        return HEADS[head]
+    if isinstance(head, Augmented) or (callable(head) and not isinstance(head, (str, nn.Module))):
+        return head
+    choices = f"{', '.join(map(repr, HEADS))}, 'augmented', an Augmented, or a callable"
+    if isinstance(head, str):
+        raise ValueError(f"head must be {choices}, got {head!r}.")
+    raise TypeError(
+        f"head must be {choices} (channels, spatial_size, num_classes) -> nn.Module, got "
+        f"{'the module ' if isinstance(head, nn.Module) else ''}{type(head).__name__}."
+    )

@@ -16,12 +16,13 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
-from lightning_dgl.augmented import AugmentedHead, num_parameters
+from lightning_dgl.augmented import AugmentedHead
 from lightning_dgl.codecs import VectorQuantizer
 from lightning_dgl.distributed import Report
 from lightning_dgl.links import Traffic
 from lightning_dgl.logs import loggers_are_due, updates_after
 from lightning_dgl.run import Run
+from lightning_dgl.splitting import num_parameters
 
 
 class BlockSummary(Callback):

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dgl.augmented import num_parameters
 from lightning_dgl.optim import BlockParameters
-from lightning_dgl.splitting import SplitPoint, in_mode, output_shape, preserved_state
+from lightning_dgl.splitting import SplitPoint, in_mode, num_parameters, output_shape, preserved_state
 
 # Arguments
 

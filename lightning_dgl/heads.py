@@ -185,22 +185,3 @@ HeadFactory = Callable[[int, SpatialSize, int], nn.Module]
 """``(channels, spatial_size, num_classes) -> head``; the head reads (N, C, H, W) and returns (N, num_classes)."""
 
 HEADS: dict[str, HeadFactory] = {"linear": LinearHead, "mlp": MLPHead, "mlp_sr": MLPSRHead, "cnn": CNNHead}
-
-
-def head_factory(head: str | HeadFactory) -> HeadFactory:
-    """Return the factory that ``head`` names, or ``head`` itself.
-
-    Raises:
-        ValueError: if there is no head of that name.
-        TypeError: if ``head`` is neither a name nor a callable; modules are refused, because blocks need one each.
-    """
-    if isinstance(head, str):
-        if head not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))} or a callable, got {head!r}.")
-        return HEADS[head]
-    if not callable(head) or isinstance(head, nn.Module):
-        raise TypeError(
-            f"head must be one of {', '.join(map(repr, HEADS))} or a callable (channels, spatial_size, num_classes) -> "
-            f"nn.Module, got {'the module ' if isinstance(head, nn.Module) else ''}{type(head).__name__}."
-        )
-    return head

@@ -207,6 +207,6 @@ def test_the_cli_s_own_optimizer_option_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_config_names_the_argument(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises((SystemExit, ValueError), match=r"2|head must be one of") as caught:
+    with pytest.raises((SystemExit, ValueError), match=r"2|head must be") as caught:
         run_cli(tmp_path, CONFIG, "--model.head=conv")
     assert "head" in str(caught.value) + capsys.readouterr().err

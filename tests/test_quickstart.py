@@ -78,6 +78,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_same_seed_same_output(ran: tuple[Path, Result], run_here: Here) -> None:
     status, printed, _ = run_here("--epochs", "1")
     assert (status, printed) == (None, ran[1].stdout)
@@ -95,7 +96,7 @@ def test_help(run_here: Here) -> None:
     ("arguments", "message"),
     [
         (("--epochs", "0"), "argument --epochs: must be a whole number from 1"),
-        (("--head", "huge"), "head must be one of 'linear', 'mlp', 'mlp_sr', 'cnn'"),
+        (("--head", "huge"), "head must be 'linear', 'mlp', 'mlp_sr', 'cnn', 'augmented'"),
         (("--blocks", "100"), "num_blocks=100 is more than DigitNet allows"),
         (("--plot", "missing/curves.png"), "argument --plot: "),
     ],

@@ -12,7 +12,7 @@ Copies to look at are in copying and meta_twin; what must be noticed or undone i
 from lightning_dgl.splitting.balance import assign_blocks, balanced_cuts
 from lightning_dgl.splitting.blocks import Block, extent
 from lightning_dgl.splitting.compiled_call import CompiledCall
-from lightning_dgl.splitting.costs import count_flops
+from lightning_dgl.splitting.costs import count_flops, num_parameters
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork, find_split_points
 from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.example_batch import example_batch
@@ -36,6 +36,7 @@ __all__ = [
     "extent",
     "find_split_points",
     "in_mode",
+    "num_parameters",
     "output_shape",
     "preserved_state",
     "seed_accelerator",

@@ -49,6 +49,11 @@ def flops(traced: TracedNetwork, make_head: HeadFactory | None) -> Costs:
     return Costs(upto, _of_heads(traced, make_head, count_flops), [0.0] * len(traced.usable))
 
 
+def num_parameters(module: nn.Module) -> int:
+    """Return how many parameters ``module`` has."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def count_flops(module: nn.Module, example_input: Tensor) -> float:
     """Count the forward FLOPs of ``module`` for one sample of ``example_input``, in train mode.
 

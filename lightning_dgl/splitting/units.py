@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_dgl.splitting.blocks import Block, make_pieces
+from lightning_dgl.splitting.costs import num_parameters
 from lightning_dgl.splitting.cut_points import SplitPoint, TracedNetwork
 
 _LARGE = 1 / 6
@@ -49,7 +50,7 @@ class Unit:
     @property
     def num_parameters(self) -> int:
         """How many parameters it has."""
-        return sum(p.numel() for p in self.block.parameters())
+        return num_parameters(self.block)
 
 
 def units_after(traced: TracedNetwork, point: SplitPoint) -> tuple[list[Unit], Unit]:
