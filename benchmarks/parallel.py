@@ -1,16 +1,20 @@
 """Measure samples per second with the blocks of a CNN on two ranks, against one rank, DDP, and pipeline schedules.
 
     python -m benchmarks.parallel --output parallel.md
+    python -m benchmarks.parallel --network resnet18 --precision bf16-mixed
+    python -m benchmarks.parallel --network resnet50 --image-size 64 --precision bf16-mixed
 
-Two blocks of equal cost, block 0's auxiliary head counted in, on images of 32×32 in memory. All methods train the same
-network with the same optimizer and one update for every ``--batch-size`` images. A method is named
+Two blocks: of equal cost, or those of a network of torchvision, cut where their measured times are balanced, block 0's
+auxiliary head counted in. Images are in memory. All methods train the same network with the same optimizer and one
+update for every ``--batch-size`` images. In bf16-mixed all are in channels_last, and activations are sent in bfloat16.
+A method is named
 ``KIND-RANKSxTHREADS``, threads being the intra-op threads of each rank, with ``-mM`` where a batch is dealt out in M
 micro-batches:
 
 - ``dgl``: Trainer with DGLStrategy, on 1 rank (both blocks) or 2 (a block each). Micro-batches are
   ``accumulate_grad_batches=M`` on batches of ``--batch-size`` / M.
 - ``backprop``: end-to-end backpropagation, no heads, under Trainer; on 2 ranks Lightning's DDP, each rank on half of
-  the batch.
+  the batch; with ``+bf16`` or ``+powersgd`` gradients are compressed by torch's hooks (PowerSGD of rank 1).
 - ``apart``: two processes of ``dgl-1x1`` at the same time that know nothing of each other, their samples per second
   added: what the machine gives two busy processes, and so the most that two ranks can reach.
 - ``gpipe``, ``1f1b``: ``torch.distributed.pipelining`` in a bare loop; a stage is a block, without a head.
@@ -30,6 +34,7 @@ MALLOC_TRIM_THRESHOLD_=131072 MALLOC_ARENA_MAX=16`` in front of the command.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -43,76 +48,51 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, sgd, spread
-from lightning_dgl import DGLModule, DGLStrategy
+from benchmarks.workloads import PRECISIONS, Workload
+from lightning_dgl import DGLStrategy
+from lightning_dgl.splitting import num_parameters
 
-CONVOLUTIONS = 3
 PIPELINES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A network, its data, and how long to train it."""
+    """A method, what it trains, and how long."""
 
     kind: str
     ranks: int
     threads: int
-    channels: int
-    batch_size: int
+    workload: Workload
     steps: int
     warm_up: int
     micro_batches: int = 1
-    blocks: int = 2
+    hook: str | None = None
 
     @classmethod
-    def parse(cls, name: str, **how: int) -> Setup:
-        match = re.fullmatch(r"(dgl|apart|backprop|gpipe|1f1b)-([12])x(\d+)(?:-m(\d+))?", name)
+    def parse(cls, name: str, workload: Workload, steps: int, warm_up: int) -> Setup:
+        match = re.fullmatch(r"(dgl|apart|backprop|gpipe|1f1b)-([12])x(\d+)(?:-m(\d+))?(?:\+(bf16|powersgd))?", name)
         if match is None:
             raise SystemExit(f"A method is KIND-RANKSxTHREADS or KIND-RANKSxTHREADS-mM, see --help; got {name!r}.")
         kind, ranks, threads, micro_batches = match[1], int(match[2]), int(match[3]), int(match[4] or 1)
-        if how["batch_size"] % (ranks * micro_batches):
-            raise SystemExit(f"{name} cannot deal out batches of {how['batch_size']} evenly.")
+        if workload.batch_size % (ranks * micro_batches):
+            raise SystemExit(f"{name} cannot deal out batches of {workload.batch_size} evenly.")
         if kind in PIPELINES and (ranks != 2 or micro_batches < 2):
             raise SystemExit(f"{name}: a pipeline has 2 ranks here, and 2 micro-batches or more.")
         if kind == "backprop" and micro_batches > 1:
             raise SystemExit(f"{name}: backpropagation takes a batch at once here.")
-        return cls(kind, ranks, threads, micro_batches=micro_batches, **how)
+        if match[5] and (kind != "backprop" or ranks == 1):
+            raise SystemExit(f"{name}: only backpropagation on 2 ranks sends gradients that a hook could compress.")
+        return cls(kind, ranks, threads, workload, steps, warm_up, micro_batches, match[5])
 
-    def images(self, batches_a_step: int = 1) -> DataLoader[tuple[Tensor, ...]]:
-        """Return noise in memory, for all steps."""
-        num_samples = self.batch_size * (self.warm_up + self.steps)
-        data = TensorDataset(torch.randn(num_samples, 3, 32, 32), torch.randint(0, 10, (num_samples,)))
-        return DataLoader(data, self.batch_size // batches_a_step)
-
-
-def network(num_blocks: int, channels: int) -> nn.Sequential:
-    """Return blocks of a cheap and three 3×3 convolutions, with BatchNorm and ReLU; the last ends in a classifier.
-
-    The cheap one is the first block's 3×3 on three channels, and 1×1 in the others. As neither passes a gradient on to
-    its input, all blocks do about the same work.
-    """
-
-    def convolution(inputs: int, kernel_size: int) -> nn.Sequential:
-        own = nn.Conv2d(inputs, channels, kernel_size, padding=kernel_size // 2, bias=False)
-        return nn.Sequential(own, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-
-    blocks = []
-    for j in range(num_blocks):
-        cheap = convolution(channels, 1) if j else convolution(3, 3)
-        blocks.append(nn.Sequential(cheap, *(convolution(channels, 3) for _ in range(CONVOLUTIONS))))
-    blocks[-1].extend([nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 10)])
-    return nn.Sequential(*blocks)
-
-
-def dgl_module(setup: Setup) -> DGLModule:
-    split_at = [str(j) for j in range(setup.blocks - 1)]
-    return DGLModule(
-        network(setup.blocks, setup.channels), split_at=split_at, example_input=[2, 3, 32, 32], optimizer=sgd
-    )
+    @property
+    def num_steps(self) -> int:
+        return self.warm_up + self.steps
 
 
 # What runs in the ranks' processes
@@ -120,13 +100,13 @@ def dgl_module(setup: Setup) -> DGLModule:
 
 @dataclass
 class Reading:
-    """The resources one rank used; all but the bytes since the end of the warm-up."""
+    """The resources one rank used since the end of the warm-up."""
 
     seconds: float
     cpu_seconds: float
     waited_for_inbox: float = 0.0
     waited_for_outbox: float = 0.0
-    bytes_a_step: float = 0.0
+    bytes_sent: float = 0.0
 
     def __sub__(self, other: Reading) -> Reading:
         return Reading(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -140,11 +120,13 @@ class Stopwatch:
         self._num_batches = 0
         self._readings: list[Reading] = []
 
-    def batch_done(self, waited_for_inbox: float = 0.0, waited_for_outbox: float = 0.0) -> None:
+    def batch_done(self, waited_for_inbox: float = 0.0, waited_for_outbox: float = 0.0, bytes_sent: float = 0) -> None:
         self._num_batches += 1
         if self._num_batches in self._when:
-            clocks = (time.perf_counter(), time.process_time())
-            self._readings.append(Reading(*clocks, waited_for_inbox, waited_for_outbox))
+            bytes_sent = bytes_of_interface() or bytes_sent
+            self._readings.append(
+                Reading(time.perf_counter(), time.process_time(), waited_for_inbox, waited_for_outbox, bytes_sent)
+            )
 
     def total(self) -> Reading:
         before, after = self._readings
@@ -156,25 +138,23 @@ class Clock(L.Callback):
 
     def __init__(self, setup: Setup) -> None:
         self._watch = Stopwatch(setup, setup.micro_batches)
-        self._num_steps = setup.warm_up + setup.steps
-        self._bytes_sent = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._watch.batch_done(*(getattr(link, "seconds_waited", 0.0) for link in self._links(trainer)))
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:  # the other stages have taken everything by now
-        _, outbox = self._links(trainer)
-        self._bytes_sent = getattr(outbox, "bytes_sent", 0)
+        if isinstance(trainer.strategy, DGLStrategy):
+            incoming, outgoing = trainer.strategy.run.incoming, trainer.strategy.run.outgoing
+            self._watch.batch_done(incoming.seconds_waited, outgoing.seconds_waited, outgoing.bytes_sent or 0)
+        else:
+            self._watch.batch_done()
 
     def total(self) -> Reading:
-        total = self._watch.total()
-        total.bytes_a_step = self._bytes_sent / self._num_steps
-        return total
+        return self._watch.total()
 
-    @staticmethod
-    def _links(trainer: L.Trainer) -> tuple[Any, Any]:
-        stage = getattr(trainer.strategy, "stage", None)
-        return getattr(stage, "inbox", None), getattr(stage, "outbox", None)
+
+def bytes_of_interface() -> int:
+    """Return the bytes that the network interface of ranks has sent, headers included; 0 if none is chosen for them."""
+    name = os.environ.get("GLOO_SOCKET_IFNAME")
+    lines = Path("/proc/net/dev").read_text().splitlines() if name else []
+    return sum(int(line.split()[9]) for line in lines if line.split()[0] == f"{name}:")
 
 
 def train(rank: int, setup: Setup, codec: Any = None, num_nodes: int = 1) -> Reading:
@@ -182,37 +162,80 @@ def train(rank: int, setup: Setup, codec: Any = None, num_nodes: int = 1) -> Rea
     if setup.kind in PIPELINES:
         return train_pipeline(rank, setup)
     module: L.LightningModule
-    strategy: str | DGLStrategy
+    strategy: str | DGLStrategy | DDPStrategy
     devices = setup.ranks
     if setup.kind in ("dgl", "apart"):
-        module, strategy, batches_a_step = dgl_module(setup), DGLStrategy(codec=codec, timeout=300), setup.micro_batches
+        module, strategy = setup.workload.make_module(), DGLStrategy(codec=codec, timeout=600)
+        batches_a_step = setup.micro_batches
         devices = 1 if setup.kind == "apart" else devices
     else:
-        module = Backpropagation(network(setup.blocks, setup.channels))
-        strategy, batches_a_step = ("ddp", setup.ranks) if setup.ranks > 1 else ("auto", 1)
+        module = Backpropagation(setup.workload.make_network())
+        strategy, batches_a_step = (ddp(setup.hook), setup.ranks) if setup.ranks > 1 else ("auto", 1)
     clock = Clock(setup)
     trainer = quiet_trainer(
         devices=devices // num_nodes,
         num_nodes=num_nodes,
         strategy=strategy,
         accelerator="cpu",
+        precision=setup.workload.precision,
         accumulate_grad_batches=setup.micro_batches,
-        callbacks=[clock],
+        callbacks=[clock, *([Compression(setup.hook)] if setup.hook else [])],
     )
-    trainer.fit(module, setup.images(batches_a_step))
+    trainer.fit(module, setup.workload.images(setup.num_steps, batches_a_step))
     return clock.total()
+
+
+def ddp(hook: str | None) -> DDPStrategy:
+    # PowerSGD's callbacks send several times a bucket, which gloo confuses if there are several buckets.
+    return DDPStrategy(bucket_cap_mb=4096) if hook == "powersgd" else DDPStrategy()
+
+
+class Compression(L.Callback):
+    """Lets DDP compress gradients; Lightning's own argument for that is for CUDA only."""
+
+    def __init__(self, hook: str) -> None:
+        self._hook = hook
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        model: Any = trainer.strategy.model
+        if self._hook == "bf16":
+            model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        else:
+            # It begins to compress within the warm-up; by default it does after 1000 steps.
+            state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+            model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+class PipelineBlock(nn.Module):
+    """A block in its precision; what crosses to the next stage is in bfloat16 then, with channels last.
+
+    Pipelines send tensors that are contiguous, so that what is sent in channels_last looks like (N, H, W, C) to them.
+    """
+
+    def __init__(self, workload: Workload, rank: int) -> None:
+        super().__init__()
+        self.block = workload.make_module().blocks[rank]
+        self._workload, self._is_first, self._is_last = workload, rank == 0, rank == workload.blocks - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._workload.is_bfloat16):
+            output = self.block(x if self._is_first else x.permute(0, 3, 1, 2))
+        if self._is_last:
+            return output.float()
+        output = output.permute(0, 2, 3, 1).contiguous()
+        return output.bfloat16() if self._workload.is_bfloat16 else output
 
 
 def train_pipeline(rank: int, setup: Setup) -> Reading:
     dist.init_process_group("gloo", rank=rank, world_size=setup.ranks)
-    block = network(setup.blocks, setup.channels)[rank]
+    block = PipelineBlock(setup.workload, rank)
     schedule = PIPELINES[setup.kind](
         PipelineStage(block, rank, setup.ranks, torch.device("cpu")),
         setup.micro_batches,
         loss_fn=nn.functional.cross_entropy,
     )
     optimizer, watch = sgd(block.parameters()), Stopwatch(setup)
-    for inputs, targets in setup.images():
+    for inputs, targets in setup.workload.images(setup.num_steps):
         optimizer.zero_grad()
         if rank == 0:
             schedule.step(inputs, return_outputs=False)
@@ -226,18 +249,21 @@ def train_pipeline(rank: int, setup: Setup) -> Reading:
 
 def time_blocks(rank: int, setup: Setup) -> tuple[list[list[float]], list[list[float]]]:
     """Return the seconds of each block's local steps, head and optimizer included, and of each head's part of them."""
-    module = dgl_module(setup)
+    workload = setup.workload
+    module = workload.make_module()
     heads = [*module.heads, nn.Identity()]
     module.blocks.train()
-    optimizers = [sgd(module.block_parameters(j)) for j in range(setup.blocks)]
+    optimizers = [sgd(module.block_parameters(j)) for j in range(workload.blocks)]
     of_blocks: list[list[float]] = [[] for _ in optimizers]
     of_heads: list[list[float]] = [[] for _ in module.heads]
-    for x, targets in setup.images():
+    for x, targets in workload.images(setup.num_steps):
         for j, (block, head, optimizer) in enumerate(zip(module.blocks, heads, optimizers, strict=True)):
             began = time.perf_counter()
             optimizer.zero_grad()
-            output = block(x)
-            nn.functional.cross_entropy(head(output), targets).backward()
+            with workload.autocast():
+                output = block(x)
+                loss = nn.functional.cross_entropy(head(output), targets)
+            loss.backward()
             optimizer.step()
             of_blocks[j].append(time.perf_counter() - began)
             x = output.detach()
@@ -245,7 +271,9 @@ def time_blocks(rank: int, setup: Setup) -> tuple[list[list[float]], list[list[f
             if j < len(of_heads):
                 features = x.clone().requires_grad_()
                 began = time.perf_counter()
-                nn.functional.cross_entropy(head(features), targets).backward()
+                with workload.autocast():
+                    loss = nn.functional.cross_entropy(head(features), targets)
+                loss.backward()
                 of_heads[j].append(time.perf_counter() - began)
     return [seconds[setup.warm_up :] for seconds in of_blocks], [seconds[setup.warm_up :] for seconds in of_heads]
 
@@ -266,7 +294,7 @@ class Results:
 
     def samples_per_second(self, name: str) -> list[float]:
         setup = self.setups[name]
-        samples = setup.steps * setup.batch_size * (setup.ranks if setup.kind == "apart" else 1)
+        samples = setup.steps * setup.workload.batch_size * (setup.ranks if setup.kind == "apart" else 1)
         return [samples / seconds for seconds in self.seconds(name)]
 
     def ratios(self, name: str, others: list[str]) -> list[float]:
@@ -279,7 +307,7 @@ def table_of_methods(results: Results) -> str:
     reference = "dgl-1x1" if "dgl-1x1" in results.setups else next(iter(results.setups))
     rows = []
     for name, setup in results.setups.items():
-        images = setup.batch_size // (setup.ranks if setup.kind == "backprop" else setup.micro_batches)
+        images = setup.workload.batch_size // (setup.ranks if setup.kind == "backprop" else setup.micro_batches)
         runs = zip(results.readings[name], results.seconds(name), strict=True)
         busy = [sum(rank.cpu_seconds for rank in ranks) / seconds for ranks, seconds in runs]
         ratio, speed = results.ratios(name, [reference]), results.samples_per_second(name)
@@ -320,18 +348,18 @@ def table_of_links(results: Results) -> str:
                 readings = [ranks[rank] for ranks in results.readings[name]]
                 received = spread([100 * reading.waited_for_inbox / reading.seconds for reading in readings], 1)
                 sent = spread([100 * reading.waited_for_outbox / reading.seconds for reading in readings], 1)
-                megabytes = f"{statistics.median(reading.bytes_a_step for reading in readings) / 1e6:.2f}"
+                megabytes = f"{statistics.median(r.bytes_sent for r in readings) / setup.steps / 1e6:.2f}"
                 rows.append([f"{name}, stage {rank}", *([received, "", ""] if rank else ["", sent, megabytes])])
     return markdown_table(["", "% of the time waiting to receive", "% waiting to send", "MB sent a step"], rows)
 
 
-def traffic_of_others(setup: Setup) -> str:
-    own = network(setup.blocks, setup.channels)
-    num_parameters = sum(p.numel() for p in own.parameters())
-    activations = 4 * setup.batch_size * setup.channels * 32 * 32
+def traffic_of_others(workload: Workload) -> str:
+    module = workload.make_module()
+    parameters = num_parameters(module.network)
+    activations = workload.batch_size * math.prod(module.split_points[0].shape[1:]) * (2 if workload.is_bfloat16 else 4)
     return (
         "For comparison, by formula, in MB each rank sends a step: DDP with a ring all-reduce, 4 bytes × parameters × "
-        f"2 (R - 1) / R for R = 2 ranks: {4 * num_parameters / 1e6:.2f}; a pipeline, activations one way and their "
+        f"2 (R - 1) / R for R = 2 ranks: {4 * parameters / 1e6:.2f}; a pipeline, activations one way and their "
         f"gradients the other: {activations / 1e6:.2f}."
     )
 
@@ -350,8 +378,11 @@ def table_of_blocks(setup: Setup) -> str:
 
 def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="equal", help="equal (blocks), or a classification model of torchvision")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--precision", default="32-true", choices=PRECISIONS)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--channels", type=int, default=64, help="of equal blocks")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each run")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before these, at least 1")
     parser.add_argument("--repeats", type=int, default=3)
@@ -359,17 +390,23 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def training_options(args: argparse.Namespace) -> dict[str, int]:
+def how_long(args: argparse.Namespace) -> dict[str, int]:
     if args.warm_up < 1:
         raise SystemExit("--warm-up must be at least 1.")
-    return {name: getattr(args, name) for name in ("channels", "batch_size", "steps", "warm_up")}
+    return {"steps": args.steps, "warm_up": args.warm_up}
 
 
-def conditions(args: argparse.Namespace) -> str:
+def workload_of(args: argparse.Namespace, blocks: int = 2) -> Workload:
+    """Return what the arguments ask for, in balanced blocks."""
+    return Workload(
+        args.network, args.channels, args.image_size, args.precision, args.batch_size, blocks=blocks
+    ).balanced()
+
+
+def conditions(args: argparse.Namespace, workload: Workload) -> str:
     return (
-        f"Blocks with {args.channels} channels at 32×32, batch {args.batch_size}; {args.steps} steps after "
-        f"{args.warm_up}, {args.repeats} interleaved repeats: median (min–max). torch {torch.__version__}, "
-        f"{platform.machine()}, {os.cpu_count()} cores."
+        f"{workload}; {args.steps} steps after {args.warm_up}, {args.repeats} interleaved repeats: median (min–max). "
+        f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores."
     )
 
 
@@ -378,13 +415,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="names as above; by default a choice of every kind")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8], help="M, for the default methods")
     args = parser.parse_args()
-    how = training_options(args)
+    workload, how = workload_of(args), how_long(args)
     names = args.methods or [
         *("backprop-1x1", "backprop-1x2", "backprop-2x1", "dgl-1x1", "apart-2x1", "dgl-1x2", "dgl-2x1"),
         *(f"{kind}-2x1-m{m}" for m in args.micro_batches if m > 1 for kind in ("gpipe", "1f1b", "dgl")),
     ]
-    results = Results({name: Setup.parse(name, **how) for name in names}, {name: [] for name in names})
-    blocks = table_of_blocks(Setup("dgl", 1, 1, **how))
+    results = Results({name: Setup.parse(name, workload, **how) for name in names}, {name: [] for name in names})
+    blocks = table_of_blocks(Setup("dgl", 1, 1, workload, **how))
     for repeat in range(args.repeats):
         for name, setup in results.setups.items():
             together = setup.kind != "apart"
@@ -393,8 +430,8 @@ def main() -> None:
             print(f"repeat {repeat + 1} of {args.repeats}, {name}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
 
     comparisons, links = table_of_comparisons(results), table_of_links(results)
-    parts = [conditions(args), blocks, table_of_methods(results), comparisons, links]
-    parts.append(traffic_of_others(Setup("dgl", 1, 1, **how)))
+    parts = [conditions(args, workload), blocks, table_of_methods(results), comparisons, links]
+    parts.append(traffic_of_others(workload))
     publish("\n\n".join(part for part in parts if part), args.output)
 
 

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import in_processes, markdown_table, publish, spread
-from benchmarks.parallel import Setup, conditions, options, time_blocks, train, training_options
+from benchmarks.parallel import Setup, conditions, how_long, options, time_blocks, train, workload_of
 
 CHECKED = (2, 3, 4)
 ON_PAPER = (2, 4, 8, 16, 32, 64)
@@ -123,23 +123,24 @@ def main() -> None:
     parser.add_argument("--latency", type=float, help="of the links in the table on paper, seconds")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="C, how many cores this machine has")
     args = parser.parse_args()
-    how = training_options(args)
+    how = how_long(args)
+    workloads = {number: workload_of(args, number) for number in CHECKED}
     num_bytes = 4 * args.batch_size * args.channels * 32 * 32
     alone: list[Blocks] = []
     together: list[Blocks] = []
     links: list[Link] = []
     measured: dict[int, list[float]] = {num_stages: [] for num_stages in CHECKED}
     for repeat in range(args.repeats):
-        alone.append(Blocks.measure(Setup("dgl", 1, 1, blocks=3, **how), 1))
-        together.append(Blocks.measure(Setup("dgl", 1, 1, blocks=3, **how), args.cores))
+        alone.append(Blocks.measure(Setup("dgl", 1, 1, workloads[3], **how), 1))
+        together.append(Blocks.measure(Setup("dgl", 1, 1, workloads[3], **how), args.cores))
         links.append(Link.measure(num_bytes))
         for num_stages, speeds in measured.items():
-            ranks = in_processes(num_stages, 1, train, Setup("dgl", num_stages, 1, blocks=num_stages, **how))
+            ranks = in_processes(num_stages, 1, train, Setup("dgl", num_stages, 1, workloads[num_stages], **how))
             speeds.append(args.steps * args.batch_size / max(rank.seconds for rank in ranks))
         print(f"repeat {repeat + 1} of {args.repeats} done", file=sys.stderr, flush=True)
 
     parts = [
-        conditions(args),
+        conditions(args, workloads[3]),
         table_of_costs(alone, together, links, args.cores),
         table_of_checks(alone, together, links, measured, num_bytes, args.batch_size, args.cores),
         table_on_paper(alone, links, num_bytes, args),

@@ -1,14 +1,19 @@
 """Train over a really slow link: two ranks in two network namespaces, joined by a link with a token-bucket limit.
 
     sudo python -m benchmarks.slow_link --output slow_link.md
+    sudo python -m benchmarks.slow_link --network vgg11_bn --precision bf16-mixed
+    sudo python -m benchmarks.slow_link --network resnet50 --image-size 64 --precision bf16-mixed
 
 Needs root, and the programs ``ip`` and ``tc`` (iproute2), to make the namespaces ``dgl-rank0`` and ``dgl-rank1``; they
-are removed at the end. Two blocks of equal cost, one on each rank, one thread a rank, images of 32×32 in memory, as in
+are removed at the end, after Ctrl-C, too. Two blocks, one on each rank, one thread a rank, images in memory, as in
 benchmarks.parallel:
 
 - ``raw``, ``half``, ``vq-D``: DGL, with DGLStrategy(codec=None), "half", or VectorQuantizer(256, D, compile=True);
-- ``1f1b``: torch.distributed.pipelining with 1F1B and 4 micro-batches, which sends activations and their gradients;
-- ``ddp``: end-to-end backpropagation under Lightning's DDP, each rank on half of the batch, which sends gradients.
+- ``gpipe``, ``1f1b``: torch.distributed.pipelining with 4 micro-batches, which sends activations and their gradients;
+- ``ddp``: end-to-end backpropagation under Lightning's DDP, each rank on half of the batch, which sends gradients; they
+  are compressed in ``ddp+bf16`` and ``ddp+powersgd``.
+
+Bytes are those that the interface of the first rank has sent, with TCP's headers.
 
 Every run has fresh processes, and repeats are interleaved. Times are taken as in benchmarks.parallel, from the end of
 the warm-up to the last step of the slowest rank.
@@ -19,6 +24,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,12 +36,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import PROCESS_ENVIRONMENT, markdown_table, publish, spread
-from benchmarks.parallel import Reading, Setup, conditions, options, train, training_options
+from benchmarks.parallel import Reading, Setup, conditions, how_long, options, train, workload_of
+from benchmarks.workloads import Workload
 from lightning_dgl import VectorQuantizer
 
 NAMESPACES = ("dgl-rank0", "dgl-rank1")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-METHODS = ("raw", "half", "vq-4", "vq-8", "vq-16", "1f1b", "ddp")
+METHODS = ("raw", "half", "vq-4", "vq-8", "vq-16", "1f1b", "gpipe", "ddp", "ddp+bf16", "ddp+powersgd")
 RATES = ("unlimited", "1gbit", "100mbit")
 
 
@@ -73,7 +81,7 @@ def _run(*command: str) -> None:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def measure(method: str, how: dict[str, int]) -> list[Reading]:
+def measure(method: str, workload: Workload, how: dict[str, int]) -> list[Reading]:
     """Run one method, a rank in each namespace."""
     ranks = []
     for rank, name in enumerate(NAMESPACES):
@@ -83,26 +91,31 @@ def measure(method: str, how: dict[str, int]) -> list[Reading]:
             **{"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29577", "NODE_RANK": str(rank), "LOCAL_RANK": "0"},
             **{"GLOO_SOCKET_IFNAME": f"link{rank}", "WORLD_SIZE": "2"},
         }
-        work = json.dumps({"method": method, "rank": rank, "how": how})
+        work = json.dumps({"method": method, "rank": rank, "workload": vars(workload), "how": how})
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "benchmarks.slow_link", "--work", work]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [rank.communicate(timeout=900)[0] for rank in ranks]
+    try:
+        outputs = [rank.communicate(timeout=900)[0] for rank in ranks]
+    finally:  # Ctrl-C, too
+        for process in ranks:
+            process.kill()
     if any(rank.returncode for rank in ranks):
         raise SystemExit(f"{method} failed.")
     return [Reading(**json.loads(output.splitlines()[-1])) for output in outputs]
 
 
-def work(method: str, rank: int, how: dict[str, int]) -> Reading:
+def work(method: str, rank: int, workload: dict[str, Any], how: dict[str, int]) -> Reading:
     """Train one rank, in its own process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if method in ("1f1b", "ddp"):
-        name = "1f1b-2x1-m4" if method == "1f1b" else "backprop-2x1"
-        return train(rank, Setup.parse(name, **how), num_nodes=2)
+    trains = Workload(**workload | {"split_at": tuple(workload["split_at"])})
+    if not method.startswith(("raw", "half", "vq")):
+        name = f"backprop-2x1{method.removeprefix('ddp')}" if method.startswith("ddp") else f"{method}-2x1-m4"
+        return train(rank, Setup.parse(name, trains, **how), num_nodes=2)
     codec: Any = method
     if method.startswith("vq-"):
         codec = VectorQuantizer(256, int(method.removeprefix("vq-")), compile=True)
-    return train(rank, Setup.parse("dgl-2x1", **how), None if codec == "raw" else codec, num_nodes=2)
+    return train(rank, Setup.parse("dgl-2x1", trains, **how), None if codec == "raw" else codec, num_nodes=2)
 
 
 def main() -> None:
@@ -117,14 +130,17 @@ def main() -> None:
         return
     if os.geteuid() != 0:
         raise SystemExit("This benchmark makes network namespaces, which needs root: run it with sudo.")
-    how = training_options(args)
+    for program in ("ip", "tc"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"This benchmark needs the program {program}: install iproute2.")
+    workload, how = workload_of(args), how_long(args)
     readings: dict[tuple[str, str], list[list[Reading]]] = {(m, r): [] for m in args.methods for r in args.rates}
     with link():
         for repeat in range(args.repeats):
             for rate in args.rates:
                 limit(rate)
                 for method in args.methods:
-                    readings[method, rate].append(measure(method, how))
+                    readings[method, rate].append(measure(method, workload, how))
                     seconds = max(reading.seconds for reading in readings[method, rate][-1])
                     speed = args.steps * args.batch_size / seconds
                     print(f"repeat {repeat + 1}, {rate}, {method}: {speed:.1f} samples/s", file=sys.stderr, flush=True)
@@ -134,10 +150,10 @@ def main() -> None:
 
     rows = []
     for method in args.methods:
-        sent = [ranks[0].bytes_a_step / 1e6 for ranks in readings[method, args.rates[0]]]
-        rows.append([method, f"{sent[0]:.2f}" if sent[0] else "", *(spread(speeds(method, r), 1) for r in args.rates)])
+        sent = statistics.median(ranks[0].bytes_sent for ranks in readings[method, args.rates[0]]) / args.steps
+        rows.append([method, f"{sent / 1e6:.2f}", *(spread(speeds(method, r), 1) for r in args.rates)])
     table = markdown_table(["method", "MB sent a step", *(f"samples/s, {rate}" for rate in args.rates)], rows)
-    publish(f"{conditions(args)}\n\n{table}", Path(args.output) if args.output else None)
+    publish(f"{conditions(args, workload)}\n\n{table}", Path(args.output) if args.output else None)
 
 
 if __name__ == "__main__":

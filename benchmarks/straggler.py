@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 
 from benchmarks.common import in_processes, markdown_table, publish, quiet_trainer, spread
-from benchmarks.parallel import Clock, Setup, dgl_module, options, training_options
+from benchmarks.parallel import Clock, Setup, how_long, options, workload_of
 from lightning_dgl import Asynchronous, DGLStrategy, Synchronous
 
 METHODS = {
@@ -53,8 +53,8 @@ def train(rank: int, setup: Setup, method: str, slowdown: float) -> tuple[float,
         accelerator="cpu",
         callbacks=[clock, drops, Rests(1, slowdown if is_slowed else 1.0)],
     )
-    trainer.fit(dgl_module(setup), setup.images())
-    return setup.steps * setup.batch_size / clock.total().seconds, trainer.global_step, drops.count
+    trainer.fit(setup.workload.make_module(), setup.workload.images(setup.num_steps))
+    return setup.steps * setup.workload.batch_size / clock.total().seconds, trainer.global_step, drops.count
 
 
 class Drops(L.Callback):
@@ -69,7 +69,7 @@ def main() -> None:
     parser.set_defaults(batch_size=32, steps=24, warm_up=8, repeats=5)
     parser.add_argument("--slowdown", type=float, default=4.0, help="of the second rank")
     args = parser.parse_args()
-    setup = Setup("dgl", 2, 1, **training_options(args))
+    setup = Setup("dgl", 2, 1, workload_of(args), **how_long(args))
     speeds: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     drops: dict[str, list[int]] = {method: [] for method in METHODS}
     for repeat in range(args.repeats):
@@ -92,7 +92,7 @@ def main() -> None:
     ]
     columns = ["schedule", "first rank, samples/s", "over not slowed", "second rank, samples/s", "drops"]
     conditions = (
-        f"Two ranks, blocks with {args.channels} channels at 32×32, batch {args.batch_size}, the second slowed down "
+        f"Two ranks, {setup.workload}, the second slowed down "
         f"{args.slowdown:g}-fold; {args.steps} steps after {args.warm_up}, {args.repeats} interleaved repeats: median "
         "(min–max)."
     )

@@ -85,7 +85,7 @@ class Bookkeeping(Callback):
             # A run that was saved within an epoch had drawn that seed before.
             set_random_state(run.random_state, pl_module.device)
         run.random_state = None
-        check_batch_sizes(trainer, pl_module.heads)
+        check_batch_sizes(trainer, pl_module.needs_two_samples)
         if run.schedule.counts_own_epochs:
             check_has_length(trainer)
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):

@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_dgl.optim import BlockParameters
-from lightning_dgl.splitting import SplitPoint, in_mode, num_parameters, output_shape, preserved_state
+from lightning_dgl.splitting import (
+    SplitError,
+    SplitPoint,
+    in_mode,
+    num_parameters,
+    output_shape,
+    preserved_state,
+)
 
 # Arguments
 
@@ -192,11 +200,29 @@ def check_batch(batch: Any, batch_idx: int, num_classes: int, ignore_index: int 
     return inputs, targets
 
 
-def check_sample_size(inputs: Sized, heads: nn.Module) -> None:
-    """Raise ValueError if BatchNorm in a head would have to train on a single sample."""
-    if len(inputs) == 1 and any(isinstance(module, nn.BatchNorm1d) for module in heads.modules()):
+def part_that_needs_two_samples(
+    network: nn.Module, example_input: Tensor, heads: nn.ModuleList, points: Sequence[SplitPoint]
+) -> str | None:
+    """Return the name of what cannot train on a single sample, because of BatchNorm; None if everything can."""
+    parts = [("the network", network, example_input)]
+    for j, (head, point) in enumerate(zip(heads, points, strict=True)):
+        features = torch.empty(point.shape, dtype=example_input.dtype, device=example_input.device)
+        parts.append((f"the auxiliary head of block {j}", head, point.as_images(features)))
+    for name, module, example in parts:
+        if any(isinstance(child, _BatchNorm) for child in module.modules()):
+            try:
+                output_shape(module, example[:1], training=True)
+            except SplitError as error:
+                if "more than 1 value per channel" in str(error):
+                    return name
+    return None
+
+
+def check_sample_size(inputs: Sized, needs_two_samples: str | None) -> None:
+    """Raise ValueError if BatchNorm would have to train on a single value; see `part_that_needs_two_samples`."""
+    if len(inputs) == 1 and needs_two_samples is not None:
         raise ValueError(
-            "A training batch has one sample, on which the BatchNorm of the auxiliary heads cannot train. Pass "
+            f"A training batch has one sample, on which the BatchNorm of {needs_two_samples} cannot train. Pass "
             "drop_last=True to the DataLoader, or another batch size."
         )
 

@@ -67,6 +67,8 @@ class Link:
     buffer: ReplayBuffer | None = None
     bytes_sent: int | None = None
     """Bytes sent to another rank; None if the link does not send to one."""
+    seconds_waited = 0.0
+    """How long this process has waited for another rank, to send or to receive."""
     num_dropped = 0
     """Outputs that gave way to newer ones, because the next stage was too slow to take them."""
 
@@ -195,6 +197,11 @@ class SendingLink(Link):
         return self._outbox.bytes_sent
 
     @property
+    def seconds_waited(self) -> float:  # type: ignore[override]
+        """How long this rank has waited for the next one to take something."""
+        return self._outbox.seconds_waited
+
+    @property
     def num_dropped(self) -> int:  # type: ignore[override]
         """Outputs that gave way to newer ones."""
         return self._outbox.num_dropped
@@ -227,6 +234,11 @@ class ReceivingLink(Link):
         self._inbox = inbox
         if isinstance(inbox, ReplayInbox):
             self.buffer = inbox.buffer
+
+    @property
+    def seconds_waited(self) -> float:  # type: ignore[override]
+        """How long this rank has waited for the previous one to send something."""
+        return self._inbox.seconds_waited
 
     @override
     def get(self, address: Address) -> Sequence[Any]:

@@ -218,7 +218,7 @@ class DGLModule(SplitModule):
         address = current_address(self.trainer, batch_idx)
         if not isinstance(batch, Token):
             inputs, targets = check_batch(batch, batch_idx, self.num_classes, self._ignore_index)
-            check_sample_size(inputs, self.heads)
+            check_sample_size(inputs, self.needs_two_samples)
             self.run.links[0].put(address, (inputs, targets))
         if batch_idx % self.trainer.accumulate_grad_batches == 0 and not skips_backward(self.trainer):
             # As Lightning will, but it frees the gradients of the step before only when there are new ones.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_dgl._arguments import check_length
 from lightning_dgl.augmented import Augmented, head_maker
-from lightning_dgl.checks import check_head, number_of_classes, warn_of_large_heads
+from lightning_dgl.checks import check_head, number_of_classes, part_that_needs_two_samples, warn_of_large_heads
 from lightning_dgl.heads import HeadFactory
 from lightning_dgl.hyperparameters import WithHyperparameters
 from lightning_dgl.metrics import add_vote, ensemble
@@ -73,6 +73,7 @@ class SplitModule(WithHyperparameters):
             for head, point in zip(self.heads, split.points, strict=True)
         ]
         warn_of_large_heads(network, self.heads)
+        self.needs_two_samples = part_that_needs_two_samples(network, example_input, self.heads, split.points)
         self._compiled_heads = [CompiledCall() for _ in self.heads] if compile else None
         if compile:
             for block in split.blocks:

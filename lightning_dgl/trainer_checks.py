@@ -24,7 +24,6 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_dgl._version import __version__
@@ -140,7 +139,7 @@ def check_block_names(saved: list[str], own: list[str]) -> None:
         )
 
 
-def check_batch_sizes(trainer: Trainer, heads: nn.Module) -> None:
+def check_batch_sizes(trainer: Trainer, needs_two_samples: str | None) -> None:
     """Raise ValueError if the training data loader is going to yield a single sample that BatchNorm cannot train on."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or loader.collate_fn is not default_collate or loader.batch_size is None:
@@ -148,7 +147,7 @@ def check_batch_sizes(trainer: Trainer, heads: nn.Module) -> None:
     sampler: Any = loader.sampler
     left = 0 if loader.drop_last or not hasattr(sampler, "__len__") else len(sampler) % loader.batch_size
     if loader.batch_size == 1 or (left == 1 and trainer.num_training_batches == len(loader)):
-        check_sample_size([None], heads)
+        check_sample_size([None], needs_two_samples)
 
 
 # Several ranks

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
+from lightning_dgl import DGLModule
 from tests.checks.unchanged import Unchanged
 from tests.runs import MakeTrainer, loader, make_module, sgd, small_cnn, small_data, weights
 
@@ -173,6 +174,17 @@ def test_training_batch_of_one_sample(make_trainer: MakeTrainer) -> None:
             make_trainer().fit(module, loader(num_samples, batch_size))
     with pytest.raises(ValueError, match=r"one sample.*drop_last=True"):  # seen when it comes
         make_trainer().fit(module, DataLoader(small_data(9), batch_sampler=[range(8), [8]]))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(4), nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.BatchNorm2d(4), nn.Flatten())]
+)
+def test_training_batch_of_one_sample_for_a_norm_of_the_network(norm: nn.Module, make_trainer: MakeTrainer) -> None:
+    stem = [nn.Conv2d(3, 4, 3), nn.ReLU()]
+    network = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm, nn.Linear(4, 4))
+    module = DGLModule(network, 2, example_input=(2, 3, 8, 8), head="linear")
+    with Unchanged(module), pytest.raises(ValueError, match=r"one sample.*BatchNorm of the network.*drop_last=True"):
+        make_trainer().fit(module, loader(9, 8))
 
 
 @pytest.mark.parametrize(
