@@ -105,7 +105,7 @@ class DGLModule(SplitModule):
         *,
         split_at: list[str] | None = None,
         example_input: Tensor | Sequence[int],
-        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory] = "mlp_sr",
+        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory] = "augmented",
         loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | list[OptimizerFactory] = sgd,
         lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,

@@ -122,7 +122,8 @@ def make_module(
     """Make a module of :func:`small_cnn` in 1, 2 or 4 blocks, trained with :func:`sgd`; keywords are the module's."""
     if seed is not None:
         torch.manual_seed(seed)
-    defaults: dict[str, Any] = {"network": small_cnn(dropout=dropout), "example_input": (2, 3, 8, 8), "optimizer": sgd}
+    defaults: dict[str, Any] = {"network": small_cnn(dropout=dropout), "example_input": (2, 3, 8, 8)}
+    defaults |= {"head": "mlp_sr", "optimizer": sgd}
     if "num_blocks" not in kwargs:
         defaults["split_at"] = CUTS[blocks]
     return kind(**{**defaults, **kwargs})

@@ -16,9 +16,9 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointFunction
 
 
 class Opaque(Exception):
@@ -75,7 +75,7 @@ def refusing_what_proxies_pass_through(active: Callable[[], bool]) -> Iterator[N
 
     def refuse_proxies(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if active() and any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
-            if cls is CheckpointFunction:
+            if cls.__module__ == torch.utils.checkpoint.__name__:
                 raise Opaque("checkpoints activations, which a graph would no longer do")
             raise Opaque(f"calls the autograd function {cls.__name__}, whose backward a graph would lose")
         return apply.__get__(None, cls)(*args, **kwargs)
