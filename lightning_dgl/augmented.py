@@ -179,8 +179,8 @@ def _choose(
                 return chosen, True
             if num_parameters + _channels(chosen, point) * num_classes <= budget.parameters:
                 return chosen, False
-    if not units:
-        return [], tail.num_parameters <= budget.parameters
+    if not units:  # a tail as small as the linear layer in its place is always taken
+        return [], tail.num_parameters <= max(budget.parameters, (point.channels + 1) * num_classes)
     first = units[0]
     fits = first.num_parameters + _channels([first], point) * num_classes <= budget.at_most
     return ([first] if fits else []), False

@@ -1,4 +1,4 @@
-"""torchvision's classification models at K = 4: the blocks are the network, bit for bit.
+"""torchvision's classification models at K = 4: the blocks are the network, bit for bit, and have augmented heads.
 
 One of each family, some of them slow; ``pytest tests/splitting/test_torchvision_models.py --all-models`` takes all.
 """
@@ -14,7 +14,8 @@ import torch
 import torchvision
 from torch import nn
 
-from lightning_dgl import split
+from lightning_dgl import DGLModule, split
+from lightning_dgl.augmented import AugmentedHead
 from tests.splitting.networks import assert_equivalent, assert_same
 
 ONE_PER_FAMILY = [
@@ -39,9 +40,9 @@ def _free_memory() -> Iterator[None]:
     gc.collect()  # the larger networks do not fit twice
 
 
-def make_network(name: str) -> tuple[nn.Module, int]:
+def make_network(name: str, **arguments: Any) -> tuple[nn.Module, int]:
     """A model with weights of its own, and the smallest size in pixels at which every part of it works."""
-    size, arguments = 64, dict[str, Any]()
+    size = 64
     if name.startswith("vit"):
         size = 28 if name == "vit_h_14" else 32
         arguments["image_size"] = size
@@ -98,3 +99,18 @@ def test_blocks_are_the_network(model_name: str) -> None:
 
     assert_equivalent(network, blocks, x, gradients=False, enter=blocks_to_train)
     assert all(module.training for module in (*network.modules(), *blocks.modules()))
+
+
+def test_augmented_heads_train_a_step(model_name: str) -> None:
+    one_output = {"aux_logits": False} if model_name in ("googlenet", "inception_v3") else {}
+    network, size = make_network(model_name, **one_output)
+    module = DGLModule(network, 4, example_input=(2, 3, size, size), head="augmented")
+    of_network = {id(parameter) for parameter in network.parameters()}
+    scores = module.train().block_scores(torch.randn(4, 3, size, size))
+    sum(nn.functional.cross_entropy(own, torch.arange(4)) for own in scores).backward()  # type: ignore[union-attr]
+    assert isinstance(module.heads[0], AugmentedHead) and len(module.heads[0].unit_names) > 0
+    for head in module.heads:
+        assert isinstance(head, AugmentedHead)
+        own = list(head.parameters())
+        assert not {id(parameter) for parameter in own} & of_network
+        assert own and all(p.grad is not None and p.grad.isfinite().all() for p in own if p.requires_grad)
