@@ -201,7 +201,7 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=whole_number(1, 10_000), default=10, help="passes through the data")
     parser.add_argument("--blocks", type=whole_number(1, 1000), default=4, help="blocks to cut the network into")
-    parser.add_argument("--head", default="mlp_sr", help="auxiliary heads: linear, mlp, mlp_sr or cnn")
+    parser.add_argument("--head", default="augmented", help="auxiliary heads: augmented, linear, mlp, mlp_sr or cnn")
     parser.add_argument("--batch-size", type=whole_number(2, 1437), default=32, help="images in a training batch")
     parser.add_argument("--seed", type=whole_number(0, 2**32 - 1), default=0, help="for weights and batches")
     parser.add_argument("--plot", type=Path, default="quickstart_accuracy.png", help="file for the accuracy curves")

@@ -61,7 +61,7 @@ def test_printed_once_at_fit_start_when_summaries_are_on(
     make_trainer: MakeTrainer,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    module = DGLModule(small_cnn(), 2, example_input=[2, 3, 8, 8])
+    module = DGLModule(small_cnn(), 2, example_input=[2, 3, 8, 8], head="mlp_sr")
     trainer = make_trainer(callbacks=callbacks, enable_model_summary=enabled, limit_train_batches=1)
     trainer.fit(module, loader())
     assert capsys.readouterr().out.count("MLPSRHead") == shown
@@ -166,7 +166,9 @@ def test_tables_fit_80_columns_without_headings_cut_off() -> None:
     large = ["0", "1234567", "123456", "99.999", "12.345", "128.0", "12.3%", "12.3%", "123456.7", "1234567"]
     with console.capture() as capture:
         console.print(_table(_COLUMNS, [large]))
-        console.print(block_table(DGLModule(resnet50(num_classes=1000), 4, example_input=(2, 3, 64, 64))))
+        for head in ("mlp_sr", "augmented"):
+            module = DGLModule(resnet50(num_classes=1000), 4, example_input=(2, 3, 64, 64), head=head)
+            console.print(block_table(module))
     text = capture.get()
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80

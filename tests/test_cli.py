@@ -108,7 +108,7 @@ def test_schedule_by_class_path(tmp_path: Path) -> None:
 def test_defaults_and_split_at(tmp_path: Path) -> None:
     model = {"num_blocks": None, "split_at": ["6"], "head": None, "optimizer": None, "lr_scheduler": None}
     cli = run_cli(tmp_path, changed(model=model))
-    assert [type(head).__name__ for head in cli.model.heads] == ["MLPSRHead"]
+    assert [type(head).__name__ for head in cli.model.heads] == ["AugmentedHead"]
     assert cli.trainer.global_step == 2
 
 

@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--balance", default="flops", choices=("flops", "memory", "time"), help="what blocks share equally"
     )
-    parser.add_argument("--head", default="mlp_sr", choices=("linear", "mlp", "mlp_sr", "cnn"))
+    parser.add_argument("--head", default="mlp_sr", choices=("linear", "mlp", "mlp_sr", "cnn", "augmented"))
     add_codec(parser)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--drops", type=int, nargs="*", default=[10, 20, 30, 40], help="after which the rate drops")
