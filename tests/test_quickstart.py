@@ -35,7 +35,7 @@ def test_prints_the_blocks_and_every_accuracy(ran: tuple[Path, Result]) -> None:
     _, result = ran
     assert result.returncode == 0, result.stderr
     summary, accuracies = result.stdout.split("Validation accuracy", maxsplit=1)
-    assert summary.count("copied unit") == 3
+    assert summary.count("copied") == 3
     lines = [line for line in accuracies.splitlines() if "%" in line]
     scored = ["block 0", "block 1", "block 2", "block 3", "ensemble", "backpropagation"]
     assert len(lines) == len(scored)
