@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 
 from lightning_dgl import DGLModule, DGLStrategy, Sequential, VectorQuantizer
 from tests.internals import updates
@@ -120,3 +120,16 @@ def test_several_devices_are_refused(make_trainer: MakeTrainer) -> None:
 def test_no_epochs_for_a_block() -> None:
     with pytest.raises(ValueError, match="epochs_per_block must be"):
         Sequential(0)
+
+
+class Backbone(DGLModule):
+    backbone = property(lambda self: self.network[:9])  # in blocks 0, 1 and 2
+
+
+def test_a_backbone_that_is_frozen_while_block_0_trains(make_trainer: MakeTrainer) -> None:
+    module = make_module(4, kind=Backbone)
+    before = {name: parameter.clone() for name, parameter in module.network.named_parameters()}
+    callback = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01)
+    make_trainer(strategy=DGLStrategy(Sequential(1)), max_epochs=-1, callbacks=[callback]).fit(module, data())
+    kept = {name for name, parameter in module.network.named_parameters() if torch.equal(parameter, before[name])}
+    assert kept == {"0.weight", "0.bias"}  # its norm is trained, by the callback's own rule
