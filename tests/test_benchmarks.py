@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import single_device
+from benchmarks.simulation import METHODS, Cluster, Link, simulate
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 64, 100, 1000, 4097])
@@ -61,3 +63,42 @@ def test_a_benchmark_that_fails_is_said_in_the_report_and_by_the_exit_status(
     with pytest.raises(SystemExit, match="1"):
         main.main()
     assert "**Failed** with exit status 1" in (tmp_path / "report.md").read_text()
+
+
+# The simulation, where the outcome is known
+
+FOUR_STAGES = Cluster((1.0, 1.0, 1.0, 1.0), gradient_bytes=(0.0,) * 4, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("synchronous", 1.0),  # a step takes as long as a block
+        ("asynchronous", 1.0),
+        ("1F1B", 8 / (8 + 3)),  # the bubble of four stages with eight micro-batches
+        ("DDP", 1.0),  # four batches in the time of four blocks
+    ],
+)
+def test_simulated_speed_over_free_links(method: str, expected: float) -> None:
+    assert simulate(method, FOUR_STAGES).samples_per_second == pytest.approx(expected)
+
+
+def test_simulated_speed_over_slow_links() -> None:
+    slow = dataclasses.replace(FOUR_STAGES, message_bytes=3.0, link=Link(rate=1.0))
+    assert simulate("synchronous", slow).samples_per_second == pytest.approx(1 / 3)
+    assert simulate("asynchronous", slow).samples_per_second == pytest.approx(1.0)  # trains on what it has
+    averaging = dataclasses.replace(FOUR_STAGES, gradient_bytes=(1.0,) * 4, link=Link(rate=4.0, delay=0.5))
+    assert simulate("DDP", averaging).samples_per_second == pytest.approx(4 / (4 + 6 * (0.25 + 0.5)))
+
+
+def test_simulated_pauses_take_their_share_of_the_time() -> None:
+    paused = dataclasses.replace(FOUR_STAGES, block_seconds=(1.0,), gradient_bytes=(0.0,), paused=0.2, pause_seconds=3)
+    outcome = simulate("synchronous", paused, num_steps=20_000)
+    assert outcome.samples_per_second == pytest.approx(0.8, rel=0.05)
+
+
+def test_every_simulated_method_takes_replicas() -> None:
+    replicas = dataclasses.replace(FOUR_STAGES, replicas=3)
+    for method in METHODS:
+        speed = simulate(method, FOUR_STAGES).samples_per_second
+        assert simulate(method, replicas).samples_per_second == pytest.approx(3 * speed)
