@@ -75,7 +75,12 @@ EXPERIMENTS = {
     "resnet20": Experiment(
         "ResNet-20 in four blocks",
         common="--recipe modern --network resnet20",
-        lines=HEADS | {head: f"--blocks 4 --head {head}" for head in ("linear", "mlp", "cnn")},
+        lines=HEADS,
+    ),
+    "resnet20_heads": Experiment(
+        "ResNet-20 in four blocks, a short training",
+        common="--recipe modern --network resnet20 --epochs 8",
+        lines=HEADS | {name: f"--blocks 4 --head {name.lower()}" for name in ("MLP", "CNN", "linear")},
     ),
     "resnet20_blocks": Experiment(
         "ResNet-20: into how many blocks?",
