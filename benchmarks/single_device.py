@@ -6,7 +6,7 @@ A method is named KIND-K, with ``+compile`` and ``+channels_last`` where it has 
 
 - backprop: end-to-end backpropagation.
 - checkpoint-K: the same, keeping of K segments (equal in memory) only their inputs, and computing the rest again.
-- dgl-K: K blocks, balanced by memory, trained by DGLStrategy.
+- dgl-K: K blocks, balanced by memory, trained by DGLStrategy; with ``+mlp_sr`` they have the paper's heads.
 
 All train the same network with the same optimizer on the same batch, which is on the device already. Peak memory is
 what torch has allocated at most, weights, gradients, momentum and the auxiliary heads' included: on a GPU its
@@ -109,9 +109,11 @@ class Setup:
         return torch.channels_last if "channels_last" in self.options else torch.contiguous_format
 
     def check(self) -> None:
-        known = {"compile", "channels_last"}
+        known = {"compile", "channels_last", *({"mlp_sr"} if self.kind == "dgl" else ())}
         if self.kind not in KINDS or not set(self.options) <= known or (self.kind != "backprop" and self.number < 2):
-            raise SystemExit(f"--methods: must be KIND-K[+compile][+channels_last], see --help, got {self.method!r}.")
+            raise SystemExit(
+                f"--methods: must be KIND-K[+compile][+channels_last][+mlp_sr], see --help, got {self.method!r}."
+            )
 
 
 class Checkpointing(Backpropagation):
@@ -133,8 +135,9 @@ def make_module(setup: Setup) -> L.LightningModule:
     network = NETWORKS[setup.network].make().to(memory_format=setup.memory_format)  # type: ignore[call-overload]
     example, compiled = [2, 3, setup.image_size, setup.image_size], "compile" in setup.options
     if setup.kind == "dgl":
+        head = "mlp_sr" if "mlp_sr" in setup.options else "augmented"
         return DGLModule(
-            network, setup.number, example_input=example, balance="memory", optimizer=sgd, compile=compiled
+            network, setup.number, example_input=example, head=head, balance="memory", optimizer=sgd, compile=compiled
         )
     if setup.kind == "checkpoint":
         module = Checkpointing(network, setup.number, example)
@@ -315,7 +318,8 @@ def table(results: list[Result]) -> str:
 
 def draw(results: dict[str, list[Result]], path: Path) -> None:
     """Draw throughput against memory: a panel for each network, a point for each method."""
-    markers = {"": "o", "channels_last": "s", "compile": "v", "channels_last+compile": "^"}
+    seen = dict.fromkeys("+".join(result.setup.options) for own in results.values() for result in own)
+    markers = dict(zip(seen, "osv^D*PX", strict=False))
     names = list(dict.fromkeys(result.setup.method for own in results.values() for result in own))
     colours = {base: f"C{i}" for i, base in enumerate(dict.fromkeys(name.partition("+")[0] for name in names))}
     figure = Figure(figsize=(3.6 * len(results) + 2.4, 3.8), layout="constrained")
