@@ -27,6 +27,7 @@ TITLES = {
     "straggler": "A straggler",
     "quantizer": "What codecs save and cost",
     "slow_link": "A limited link",
+    "simulation": "More ranks than there are here, simulated",
 }
 
 # What else runs on a GPU. The small network is bound by launching kernels, the others by computing.
