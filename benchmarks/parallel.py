@@ -7,9 +7,8 @@
 Two blocks: of equal cost, or those of a network of torchvision, cut where their measured times are balanced, block 0's
 auxiliary head counted in. Images are in memory. All methods train the same network with the same optimizer and one
 update for every ``--batch-size`` images. In bf16-mixed all are in channels_last, and activations are sent in bfloat16.
-A method is named
-``KIND-RANKSxTHREADS``, threads being the intra-op threads of each rank, with ``-mM`` where a batch is dealt out in M
-micro-batches:
+A method is named ``KIND-RANKSxTHREADS``, threads being the intra-op threads of each rank, with ``-mM`` where a batch is
+dealt out in M micro-batches:
 
 - ``dgl``: Trainer with DGLStrategy, on 1 rank (both blocks) or 2 (a block each). Micro-batches are
   ``accumulate_grad_batches=M`` on batches of ``--batch-size`` / M.
@@ -116,7 +115,7 @@ class Stopwatch:
     """Reads the clocks at the end of the warm-up and of the last step."""
 
     def __init__(self, setup: Setup, batches_a_step: int = 1) -> None:
-        self._when = (setup.warm_up * batches_a_step, (setup.warm_up + setup.steps) * batches_a_step)
+        self._when = (setup.warm_up * batches_a_step, setup.num_steps * batches_a_step)
         self._num_batches = 0
         self._readings: list[Reading] = []
 

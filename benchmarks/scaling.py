@@ -22,6 +22,7 @@ what smaller batches cost.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -64,10 +65,10 @@ class Blocks:
 class Link:
     """Latency in seconds, bandwidth in bytes a second, and the CPU seconds that a message costs at each end."""
 
-    latency: float
-    bandwidth: float
-    cpu_sending: float
-    cpu_receiving: float
+    latency: float = 0.0
+    bandwidth: float = math.inf
+    cpu_sending: float = 0.0
+    cpu_receiving: float = 0.0
 
     @classmethod
     def measure(cls, num_bytes: int) -> Link:

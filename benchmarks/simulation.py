@@ -30,21 +30,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.common import markdown_table, publish, spread
+from benchmarks.common import in_processes, markdown_table, publish, spread
+from benchmarks.parallel import Setup, time_blocks, train
+from benchmarks.scaling import CHECKED, Link
+from benchmarks.workloads import Workload
 
 METHODS = ("synchronous", "asynchronous", "1F1B", "DDP")
-CHECKED = (2, 3, 4)
-
-
-@dataclass(frozen=True)
-class Link:
-    """A connection that carries one message at a time in each direction: bytes a second, and a delay in seconds."""
-
-    rate: float = math.inf
-    delay: float = 0.0
-
-    def seconds(self, num_bytes: float) -> float:
-        return num_bytes / self.rate if math.isfinite(self.rate) else 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class Cluster:
         message_bytes: of what one stage sends to the next for a batch; a pipeline sends ``raw_bytes`` each way.
         raw_bytes: of an activation.
         gradient_bytes: of the gradients of each stage.
-        link: between ranks.
+        link: between ranks; it carries one message at a time in each direction.
         replicas: R.
         batch_size: of one replica.
         noise: standard deviation of the logarithm of a step's duration.
@@ -148,11 +139,11 @@ class Wire:
         handed_over = max(done, self._taken[n - 1]) if n else done
         taken = max(handed_over, self._free)
         self._taken.append(taken)
-        self._free = taken + self._link.seconds(num_bytes)
+        self._free = taken + num_bytes / self._link.bandwidth
         room = self.got[n - self._prefetch] if n >= self._prefetch else 0.0
-        self.delivered.append(max(self._free + self._link.delay, room))
+        self.delivered.append(max(self._free + self._link.latency, room))
         # While the receiver's queue is full, nothing more is taken off the wire.
-        self._free = max(self._free, self.delivered[-1] - self._link.delay)
+        self._free = max(self._free, self.delivered[-1] - self._link.latency)
         return handed_over
 
 
@@ -196,7 +187,7 @@ def _average(cluster: Cluster, stage: int, done: Sequence[float]) -> float:
     if num_ranks == 1:
         return done[0]
     num_bytes = cluster.gradient_bytes[stage] / num_ranks
-    return max(done) + 2 * (num_ranks - 1) * (cluster.link.seconds(num_bytes) + cluster.link.delay)
+    return max(done) + 2 * (num_ranks - 1) * cluster.link.transfer(num_bytes)
 
 
 def _synchronous(cluster: Cluster, ranks: list[list[Rank]], num_steps: int) -> list[float]:
@@ -251,8 +242,8 @@ def _dropping(link: Link, times: Sequence[float], num_bytes: float) -> list[tupl
     while n < len(times):
         while n + 1 < len(times) and times[n + 1] <= free:
             n += 1
-        free = max(free, times[n]) + link.seconds(num_bytes)
-        arrivals.append((free + link.delay, n))
+        free = max(free, times[n]) + num_bytes / link.bandwidth
+        arrivals.append((free + link.latency, n))
         n += 1
     return arrivals
 
@@ -260,7 +251,7 @@ def _dropping(link: Link, times: Sequence[float], num_bytes: float) -> list[tupl
 def _pipeline(cluster: Cluster, ranks: list[list[Rank]], num_steps: int) -> list[float]:
     num_stages, num_parts = cluster.num_stages, cluster.micro_batches
     seconds = [own / num_parts for own in cluster.without_heads()]
-    crossing = cluster.link.seconds(cluster.raw_bytes / num_parts)
+    crossing = cluster.raw_bytes / num_parts / cluster.link.bandwidth
     orders = [_order(j, num_stages, num_parts) for j in range(num_stages)]
     # When the wires after stage j, activations one way and gradients the other, are free.
     free = {(r, j, way): 0.0 for r in range(len(ranks)) for j in range(num_stages) for way in "FB"}
@@ -282,7 +273,7 @@ def _pipeline(cluster: Cluster, ranks: list[list[Rank]], num_steps: int) -> list
                     if 0 <= to < num_stages:
                         key = (r, min(j, to), way)
                         free[key] = max(free[key], end) + crossing
-                        arrived[way, to, m] = free[key] + cluster.link.delay
+                        arrived[way, to, m] = free[key] + cluster.link.latency
                         heapq.heappush(waiting, (arrived[way, to, m], to))
             done[r] = [rank.free for rank in row]
         for j in range(num_stages):
@@ -307,11 +298,6 @@ def _order(stage: int, num_stages: int, num_parts: int) -> list[tuple[str, int]]
 
 def check(args: argparse.Namespace) -> str:
     """Measure blocks, links and training on this machine, and simulate the same."""
-    from benchmarks.common import in_processes
-    from benchmarks.parallel import Setup, time_blocks, train
-    from benchmarks.scaling import Link as Measured
-    from benchmarks.workloads import Workload
-
     rows = []
     for num_stages in CHECKED:
         workload = Workload(channels=args.channels, batch_size=64, blocks=num_stages).balanced()
@@ -325,15 +311,15 @@ def check(args: argparse.Namespace) -> str:
             times = in_processes(num_cores, 1, time_blocks, Setup("dgl", 1, 1, workload, args.steps, 3))
             blocks = [statistics.fmean(statistics.median(own[0][j]) for own in times) for j in range(num_stages)]
             heads = [statistics.fmean(statistics.median(own[1][j]) for own in times) for j in range(num_stages - 1)]
-            measured = Measured.measure(num_bytes)
+            link = Link.measure(num_bytes)
             shared = num_stages / num_cores  # ranks that share a core work so much slower
-            blocks = [shared * seconds for seconds in measured.with_overhead(blocks)]
+            blocks = [shared * seconds for seconds in link.with_overhead(blocks)]
             cluster = Cluster(
                 tuple(blocks),
                 (*(shared * seconds for seconds in heads), 0.0),
                 message_bytes=num_bytes,
                 raw_bytes=num_bytes,
-                link=Link(measured.bandwidth, measured.latency),
+                link=link,
                 batch_size=workload.batch_size,
                 micro_batches=4,
             )
@@ -368,7 +354,7 @@ def home_connections(args: argparse.Namespace) -> tuple[str, dict[str, dict[int,
             message_bytes=args.raw_megabytes * 1e6 / args.compression,
             raw_bytes=args.raw_megabytes * 1e6,
             gradient_bytes=tuple(args.gradient_megabytes * 1e6 / args.stages for _ in blocks),
-            link=Link(args.mbit * 1e6 / 8, args.delay),
+            link=Link(args.delay, args.mbit * 1e6 / 8),
             replicas=replicas,
             noise=0.1,
             slowness=0.2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torchvision
@@ -55,6 +55,10 @@ class Workload:
     def is_bfloat16(self) -> bool:
         return self.precision == "bf16-mixed"
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.is_bfloat16 else torch.contiguous_format
+
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.is_bfloat16)
 
@@ -65,7 +69,7 @@ class Workload:
             network, _ = make_network(self.network, 3, 10, None)
         else:
             network = torchvision.models.get_model(self.network, num_classes=10)
-        return network.to(memory_format=torch.channels_last if self.is_bfloat16 else torch.contiguous_format)
+        return network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def make_module(self, balance: str = "flops") -> DGLModule:
         cuts = {"split_at": list(self.split_at)} if self.split_at else {"num_blocks": self.blocks}
@@ -73,17 +77,14 @@ class Workload:
         example = torch.randn(32 if balance == "time" else 2, 3, size, size)
         with self.autocast():
             module = DGLModule(self.make_network(), **cuts, example_input=example, optimizer=sgd, balance=balance)  # type: ignore[arg-type]
-        return module.to(memory_format=torch.channels_last if self.is_bfloat16 else torch.contiguous_format)
+        return module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def balanced(self) -> Workload:
         """Return the workload with cuts that balance the blocks: by measured time, in its precision and layout."""
         if self.network == "equal":
-            return self._cut_at(tuple(str(j) for j in range(self.blocks - 1)))
+            return replace(self, split_at=tuple(str(j) for j in range(self.blocks - 1)))
         (cuts,) = in_processes(1, 1, _cuts_by_time, self)
-        return self._cut_at(cuts)
-
-    def _cut_at(self, split_at: tuple[str, ...]) -> Workload:
-        return Workload(**{**vars(self), "split_at": split_at})
+        return replace(self, split_at=cuts)
 
     def images(self, num_steps: int, batches_a_step: int = 1) -> DataLoader[tuple[Tensor, ...]]:
         """Return noise in memory, for all steps."""

@@ -57,20 +57,15 @@ class Run:
         """The link that this stage sends to."""
         return self.links[self.stage.blocks[-1] + 1]
 
-    def meet_at(self, mark: Address) -> None:
-        """Check that the stage before this one has come to the same ``mark``, and tell the next one.
-
-        Without it, ranks that have come apart would wait for each other, each in a collective of its own.
+    def copy_other_blocks(self, mark: Address) -> None:
+        """Let this rank read the weights of all blocks; all ranks must call it, at ``mark``.
 
         Raises:
             RuntimeError: if the stage before this one is somewhere else.
         """
+        # Ranks that have come apart would wait for each other, each in a collective of its own.
         self.incoming.await_mark(mark)
         self.outgoing.send_mark(mark)
-
-    def copy_other_blocks(self, mark: Address) -> None:
-        """Let this rank read the weights of all blocks; all ranks must call it, at ``mark``."""
-        self.meet_at(mark)
         self.others.copy_if_hidden()
 
     def close(self) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import single_device
-from benchmarks.simulation import METHODS, Cluster, Link, simulate
+from benchmarks.scaling import Link
+from benchmarks.simulation import METHODS, Cluster, simulate
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 64, 100, 1000, 4097])
@@ -84,10 +85,10 @@ def test_simulated_speed_over_free_links(method: str, expected: float) -> None:
 
 
 def test_simulated_speed_over_slow_links() -> None:
-    slow = dataclasses.replace(FOUR_STAGES, message_bytes=3.0, link=Link(rate=1.0))
+    slow = dataclasses.replace(FOUR_STAGES, message_bytes=3.0, link=Link(bandwidth=1.0))
     assert simulate("synchronous", slow).samples_per_second == pytest.approx(1 / 3)
     assert simulate("asynchronous", slow).samples_per_second == pytest.approx(1.0)  # trains on what it has
-    averaging = dataclasses.replace(FOUR_STAGES, gradient_bytes=(1.0,) * 4, link=Link(rate=4.0, delay=0.5))
+    averaging = dataclasses.replace(FOUR_STAGES, gradient_bytes=(1.0,) * 4, link=Link(latency=0.5, bandwidth=4.0))
     assert simulate("DDP", averaging).samples_per_second == pytest.approx(4 / (4 + 6 * (0.25 + 0.5)))
 
 

@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR
 from torch.optim.swa_utils import update_bn
 
 from lightning_dgl import Asynchronous, DGLModule, DGLStrategy, Sequential
+from lightning_dgl.splitting import num_parameters
 
 try:
     from dni import DNIModule
@@ -208,10 +209,6 @@ class AllScores(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.module.block_scores(images)
-
-
-def num_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str, Any]:

@@ -244,7 +244,7 @@ def figure(experiment: Experiment, values: Outcomes) -> Figure:
     return drawing
 
 
-def run(arguments: str, data: str, cache: Path) -> list[str]:
+def make_row(arguments: str, data: str, cache: Path) -> list[str]:
     """Train as ``arguments`` say; return the row of this run."""
     began = time.process_time()
     outcome = cifar10.train(cifar10.parse(["--data", data, "--cache", str(cache), *shlex.split(arguments)]))
@@ -311,7 +311,7 @@ def main() -> None:
                 continue
             progress.update(task, description=", ".join(map(str, filter(None, names))))
             try:
-                row = run(arguments, args.data, args.cache)
+                row = make_row(arguments, args.data, args.cache)
             except (FileNotFoundError, ValueError) as error:
                 sys.exit(str(error))
             with args.results.open("a", newline="") as file:
