@@ -38,7 +38,7 @@ __all__ = [
     "logged_values",
     "reduce_tensor",
     "replace_logged",
-    "saves_every_n_train_steps",
+    "saves_within_epochs",
     "set_batch_size",
     "set_predictions",
     "set_random_states",
@@ -115,9 +115,11 @@ def set_predictions(trainer: Trainer, predictions: Sequence[tuple[int, Any]]) ->
         collected[dataloader_idx].append(scores)
 
 
-def saves_every_n_train_steps(callback: ModelCheckpoint) -> int:
-    """Return every how many training steps a ModelCheckpoint saves; 0 if it goes by epochs."""
-    return callback._every_n_train_steps
+def saves_within_epochs(callback: ModelCheckpoint) -> str | None:
+    """Return the argument by which a ModelCheckpoint saves after training steps; None if it goes by epochs."""
+    if steps := callback._every_n_train_steps:
+        return f"every_n_train_steps={steps}"
+    return None if callback._train_time_interval is None else f"train_time_interval={callback._train_time_interval!r}"
 
 
 def do_not_log_hparams(module: LightningModule, names: Iterable[str]) -> None:

@@ -6,11 +6,12 @@ the weights are copied again: at the start of a validation and at the end of an 
 
     training steps   hidden: reading raises        on_validation_start ... on_validation_end   copied: the run's own
     on_train_epoch_end ... on_train_epoch_start, the first on_train_batch_start                copied: the run's own
+    after a failure                                                                            lost: reading raises
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
@@ -40,7 +41,6 @@ class OtherBlocks:
         if self.are_hidden or not self._stage.is_split:
             return
         self.are_hidden = True
-        own = {id(tensor) for j in self._stage.blocks for tensor in self._tensors_of(j)}
         for j, ranks in enumerate(self._stage.ranks_of_blocks()):
             why = (
                 f"Block {j} is trained on rank {ranks[0]}; here, on a rank with blocks {list(self._stage.blocks)}, its "
@@ -49,22 +49,39 @@ class OtherBlocks:
                 "on every rank first; or read only this rank's: module.block_parameters(j) for j in module.run.stage."
                 "blocks."
             )
-            hide((tensor for tensor in self._tensors_of(j) if id(tensor) not in own), why)
-
-    def show(self) -> None:
-        """Let the copy be read as it is."""
-        if self.are_hidden:
-            self.are_hidden = False
-            for j in range(self._num_blocks):
-                show(self._tensors_of(j))
+            hide(self._foreign(j), why)
 
     def copy(self) -> None:
         """Copy the weights of every block from the rank that trains it; all ranks must call it."""
         self.show()
         for rank, blocks in enumerate(self._stage.assignment if self._stage.is_split else ()):
             self._stage.broadcast((tensor for j in blocks for tensor in self._tensors_of(j)), src=rank)
+        self.are_hidden = False
 
     def copy_if_hidden(self) -> None:
         """Copy the weights if blocks were trained since the last time; all ranks must call it."""
         if self.are_hidden:
             self.copy()
+
+    def lose(self) -> None:
+        """Let reading raise for good, unless the copy is the run's own: the ranks that have the weights are gone."""
+        if not self.are_hidden:
+            return
+        for j, ranks in enumerate(self._stage.ranks_of_blocks()):
+            why = (
+                f"Block {j} was trained on rank {ranks[0]}, and its weights are lost, because the run failed: this "
+                "rank has old ones. Load the last checkpoint, into a new module (DGLModule.load_from_checkpoint, or "
+                "trainer.fit(..., ckpt_path='last')) or into this one (load_state_dict)."
+            )
+            hide(self._foreign(j), why, until_written=True)
+        self.are_hidden = False
+
+    def show(self) -> None:
+        """Let the copy be read as it is, old or not."""
+        for j in range(self._num_blocks):
+            show(self._tensors_of(j))
+
+    def _foreign(self, block: int) -> Iterator[Tensor]:
+        """Yield what no block of this rank holds, too."""
+        own = {id(tensor) for j in self._stage.blocks for tensor in self._tensors_of(j)}
+        return (tensor for tensor in self._tensors_of(block) if id(tensor) not in own)

@@ -30,6 +30,7 @@ class Run:
         latest: the newest training values of this rank's blocks.
         unreported: the step whose logged values rank 0 has yet to be told.
         from_reports: names of values that rank 0 knows from reports.
+        from_others: names of training values that other ranks have shared, until the next step.
         reductions: by name, how values that users log are reduced over ranks.
         random_state: the random state of a checkpoint, until training continues from it.
     """
@@ -44,6 +45,7 @@ class Run:
     latest: dict[str, Tensor] = field(default_factory=dict)
     unreported: int | None = None
     from_reports: set[str] = field(default_factory=set)
+    from_others: set[str] = field(default_factory=set)
     reductions: dict[str, str] = field(default_factory=dict)
     random_state: dict[str, Any] | None = None
 
@@ -68,12 +70,10 @@ class Run:
         self.outgoing.send_mark(mark)
         self.others.copy_if_hidden()
 
-    def close(self) -> None:
-        """Drain the links and wait for all ranks. Collectives still work afterwards."""
-        if self.stage.is_open:
-            self.outgoing.close()
-            self.incoming.close()
-            self.stage.close()
+    def drain(self) -> None:
+        """Wait until everything is sent and read; ranks still watch over each other afterwards."""
+        self.outgoing.close()
+        self.incoming.close()
 
     def abandon(self) -> None:
         """Leave the other ranks after a failure."""

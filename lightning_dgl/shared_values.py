@@ -2,7 +2,8 @@
 
 Each rank logs for its own blocks: ``self.log`` in ``local_loss`` is called for block 1 on the rank that trains block 1.
 Nothing is exchanged within training steps, because ranks are at different batches. What a later stage has logged in a
-step goes to rank 0 as a report; at the end of a validation or an epoch, all ranks exchange what they know.
+step goes to rank 0 as a report. At the end of a validation or an epoch, all ranks exchange what they know; with the
+next training step they forget what others had logged in training, as it is old then.
 """
 
 from __future__ import annotations
@@ -61,6 +62,17 @@ def report_step(trainer: Trainer, run: Run) -> None:
         run.stage.report(Report(step, values | {"epoch": trainer.current_epoch}))
 
 
+def forget(trainer: Trainer, run: Run) -> None:
+    """Let callbacks no longer read the training values that other ranks had logged when they were shared.
+
+    Only the values of single steps: they are old after the next one. A callback that goes by one of them misses it
+    then.
+    """
+    for name in run.from_others:
+        trainer.callback_metrics.pop(name, None)
+    run.from_others.clear()
+
+
 def share(trainer: Trainer, module: LightningModule, run: Run, *, training: bool) -> None:
     """Let callbacks on all ranks read what any rank has logged; all ranks must call it.
 
@@ -79,18 +91,21 @@ def share(trainer: Trainer, module: LightningModule, run: Run, *, training: bool
     mine |= logged_in_steps(trainer, on_step=False) if training else logged_values(trainer)
     mine = {name: item for name, item in mine.items() if name not in run.from_reports}
     latest = {f"train/{name}": value.cpu() for name, value in run.latest.items()}
-    parts: Sequence[Any] = run.stage.gather((mine, latest, run.reductions))[: len(run.stage.assignment)]
+    of_own_steps = latest.keys() | (logged_in_steps(trainer, on_step=True).keys() if training else set())
+    parts: Sequence[Any] = run.stage.gather((mine, latest, run.reductions, of_own_steps))[: len(run.stage.assignment)]
     merged: dict[str, Logged] = {}
-    for logged, _, _ in reversed(parts):
+    for logged, *_ in reversed(parts):
         merged |= logged
-    reductions = {name: how for _, _, own in parts for name, how in own.items()}
+    reductions = {name: how for _, _, own, _ in parts for name, how in own.items()}
     values = {name: item.value for name, item in merged.items()}
     for name, how in reductions.items():
-        found = [logged[name].value.float() for logged, _, _ in parts if name in logged]
+        found = [logged[name].value.float() for logged, *_ in parts if name in logged]
         if found:
             values[name] = _REDUCTIONS[how](torch.stack(found))
-    for _, newest, _ in parts:
+    for _, newest, _, _ in parts:
         values |= newest
+    of_steps = {name for *_, names in parts for name in names}
+    run.from_others |= of_steps - of_own_steps
     values = {name: value.to(module.device) for name, value in values.items()}
     trainer.callback_metrics.update(values)
     replace_logged(trainer, values)

@@ -48,8 +48,10 @@ from lightning_dgl.distributed.rank_strategy import RankStrategy, StartMethod
 from lightning_dgl.lightning_internals import SubprocessScriptLauncher, take_over
 from lightning_dgl.links import make_codecs
 from lightning_dgl.module import DGLModule
+from lightning_dgl.other_blocks import OtherBlocks
 from lightning_dgl.run import Run
 from lightning_dgl.schedules import Schedule, Sequential, make_schedule
+from lightning_dgl.shared_values import forget
 from lightning_dgl.splitting import assign_blocks
 from lightning_dgl.trainer_checks import check_lengths, check_ranks, check_same, fingerprint
 
@@ -126,6 +128,7 @@ class DGLStrategy(RankStrategy):
         make_codecs(codec, len(codec) if isinstance(codec, list) else 1)  # raises for what cannot be a codec
         self._prefetch = prefetch
         self._groups: Groups | None = None
+        self._others_of_failed_run: OtherBlocks | None = None
 
     # Ranks
 
@@ -175,6 +178,7 @@ class DGLStrategy(RankStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self.stage.close()  # of a run that a tuner has broken off
         if self.num_ranks == 1:
             self._start_run(Stage(range(self._module.num_blocks)))
         else:
@@ -309,6 +313,7 @@ class DGLStrategy(RankStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         assert self.run is not None
         self.run.others.hide()
+        forget(self._module.trainer, self.run)
         if not isinstance(self.model, DistributedDataParallel):
             return super().training_step(*args, **kwargs)
         collective = self.stage.collective("to start a step with equal buffers")
@@ -383,7 +388,8 @@ class DGLStrategy(RankStrategy):
         run, self.run = self.run, None
         if run is None:
             return None
-        run.others.show()
+        run.others.show()  # to Lightning, which takes the module from its device
+        self._others_of_failed_run = run.others
         if not run.stage.is_open:
             return None
         failure = run.stage.fail(exception)
@@ -392,11 +398,13 @@ class DGLStrategy(RankStrategy):
 
     @override
     def teardown(self) -> None:
-        if self.run is not None:
-            self.run.others.show()
-            self.run.close()
+        if self.run is not None and self.run.stage.is_open:
+            self.run.drain()
         self.model = self.lightning_module
         super().teardown()
+        if self._others_of_failed_run is not None:
+            self._others_of_failed_run.lose()
+            self._others_of_failed_run = None
 
 
 def _without_states(state: dict[str, Any], keep: range) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, default_collate
 from lightning_dgl._version import __version__
 from lightning_dgl.checks import check_sample_size
 from lightning_dgl.lightning_internals import (
-    saves_every_n_train_steps,
+    saves_within_epochs,
     synchronises_batchnorm,
     validates_by_the_clock,
 )
@@ -252,9 +252,8 @@ def check_ranks(trainer: Trainer, is_split: bool, is_replicated: bool) -> None:
                 "write_interval='epoch'."
             )
         monitored = callback.monitor if isinstance(callback, ModelCheckpoint) else None
-        if (monitored or "").startswith("train/") and (steps := saves_every_n_train_steps(callback)):
+        if (monitored or "").startswith("train/") and (when := saves_within_epochs(callback)):
             raise ValueError(
-                f"ModelCheckpoint monitors {monitored!r} every {steps} steps, but ranks know each other's training "
-                "values at the end of an epoch. Monitor a val/ metric, or pass save_on_train_epoch_end=True instead "
-                "of every_n_train_steps."
+                f"ModelCheckpoint monitors {monitored!r} with {when}, but ranks know each other's training values at "
+                "the end of an epoch. Monitor a val/ metric, or pass save_on_train_epoch_end=True instead."
             )

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import signal
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,10 +133,12 @@ def test_predictions_can_be_replaced(make_trainer: MakeTrainer) -> None:
     assert trainer.predict(make_module(), loader()) == ["first", "second"], f"predictions {VERSION}"
 
 
-def test_saving_every_n_steps_is_seen() -> None:
-    steps = lightning_internals.saves_every_n_train_steps
-    assert steps(ModelCheckpoint(every_n_train_steps=7)) == 7, f"ModelCheckpoint {VERSION}"
-    assert steps(ModelCheckpoint(every_n_epochs=1)) == 0, f"ModelCheckpoint {VERSION}"
+def test_saving_within_epochs_is_seen() -> None:
+    saves = lightning_internals.saves_within_epochs
+    assert saves(ModelCheckpoint(every_n_train_steps=7)) == "every_n_train_steps=7", f"ModelCheckpoint {VERSION}"
+    minute = ModelCheckpoint(train_time_interval=timedelta(minutes=1))
+    assert str(saves(minute)).startswith("train_time_interval="), f"ModelCheckpoint {VERSION}"
+    assert saves(ModelCheckpoint(every_n_epochs=1)) is None, f"ModelCheckpoint {VERSION}"
 
 
 def test_hyperparameters_are_kept_from_loggers() -> None:

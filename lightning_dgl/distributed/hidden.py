@@ -33,17 +33,25 @@ _HARMLESS: set[Any] = {
     ),
 }
 """What may be done with a hidden tensor: nothing of it reads values, weights or gradients."""
+_WRITES = {Tensor.copy_, Tensor.zero_, Tensor.fill_}
+"""What gives all elements of a tensor new values, as ``load_state_dict`` does."""
 
 
 class _Hidden:
     """Marks the classes of hidden tensors."""
 
 
-def hide(tensors: Iterable[Tensor], why: str) -> None:
-    """Let whoever reads the values of ``tensors`` or their gradients get a RuntimeError that says ``why``."""
+def hide(tensors: Iterable[Tensor], why: str, until_written: bool = False) -> None:
+    """Let whoever reads the values of ``tensors`` or their gradients get a RuntimeError that says ``why``.
+
+    Args:
+        tensors: to hide; those that are hidden already stay so, with their own reason.
+        why: the message.
+        until_written: whether a tensor that is given other values may be read again.
+    """
     for tensor in tensors:
         if not isinstance(tensor, _Hidden):
-            tensor.__class__ = _hidden_class(type(tensor), why)
+            tensor.__class__ = _hidden_class(type(tensor), why, until_written)
 
 
 def show(tensors: Iterable[Tensor]) -> None:
@@ -54,13 +62,16 @@ def show(tensors: Iterable[Tensor]) -> None:
 
 
 @cache
-def _hidden_class(kind: type[Tensor], why: str) -> type[Tensor]:
+def _hidden_class(kind: type[Tensor], why: str, until_written: bool) -> type[Tensor]:
     def torch_function(
         cls: type, function: Callable[..., Any], _: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
+        if until_written and function in _WRITES and isinstance(args[0], _Hidden):
+            show(args[:1])
+            return function(*args, **(kwargs or {}))
         raise RuntimeError(why)
 
     body: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Launch ranks as Lightning does, by spawn or fork, but raise the message of the rank that failed."""
+"""Launch ranks as Lightning does, but keep them together until the last hook has run, and tell which rank failed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from typing_extensions import override
 
 from lightning_dgl.distributed.failures import RankFailedError
-from lightning_dgl.lightning_internals import MultiProcessingLauncher, collect_random_states, set_random_states
+from lightning_dgl.lightning_internals import (
+    MultiProcessingLauncher,
+    SubprocessScriptLauncher,
+    collect_random_states,
+    set_random_states,
+)
+
+
+class ScriptLauncher(SubprocessScriptLauncher):
+    """Lets every process run the user's script; ranks part when the Trainer has nothing more to do on any of them.
+
+    Args:
+        environment: tells which rank this is, and whether the others are started already.
+        num_processes: on each node.
+        num_nodes: how many nodes there are.
+        part: called when the Trainer's work is done; waits for the other ranks.
+    """
+
+    def __init__(
+        self, environment: ClusterEnvironment, num_processes: int, num_nodes: int, part: Callable[[], None]
+    ) -> None:
+        super().__init__(environment, num_processes, num_nodes)
+        self._part = part
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        result = super().launch(function, *args, trainer=trainer, **kwargs)
+        self._part()
+        return result
 
 
 class RankLauncher(MultiProcessingLauncher):
@@ -21,6 +50,7 @@ class RankLauncher(MultiProcessingLauncher):
     Args:
         strategy: the strategy of the ranks.
         start_method: how to start a process.
+        part: called in a rank when the Trainer's work is done; waits for the other ranks.
         on_failure: called in a rank with the exception that it raised; returns the failure of the run, or None if there
             is nothing to pass on.
         name_of: returns the name in messages of the rank with this number on this node.
@@ -33,10 +63,12 @@ class RankLauncher(MultiProcessingLauncher):
         self,
         strategy: ParallelStrategy,
         start_method: Literal["spawn", "fork", "forkserver"],
+        part: Callable[[], None],
         on_failure: Callable[[BaseException], BaseException | None],
         name_of: Callable[[int], str],
     ) -> None:
         super().__init__(strategy, start_method)
+        self._part = part
         self._on_failure = on_failure
         self._name_of = name_of
 
@@ -66,6 +98,7 @@ class RankLauncher(MultiProcessingLauncher):
             set_random_states(self._random_states)
         try:
             super()._wrapping_function(*args, **kwargs)
+            self._part()
         except BaseException as error:
             # Lightning calls Strategy.on_exception only in the process that called the Trainer, and that is not a rank.
             failure = self._on_failure(error)

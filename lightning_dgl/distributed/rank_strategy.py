@@ -18,9 +18,9 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_dgl._arguments import check_at_least, check_choice
-from lightning_dgl.distributed.launcher import RankLauncher
+from lightning_dgl.distributed.launcher import RankLauncher, ScriptLauncher
 from lightning_dgl.distributed.stage import AGREED, DistributedStage, Stage
-from lightning_dgl.lightning_internals import SubprocessScriptLauncher, reduce_tensor, set_predictions
+from lightning_dgl.lightning_internals import reduce_tensor, set_predictions
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -61,6 +61,10 @@ class RankStrategy(ParallelStrategy):
     def stage(self) -> Stage:
         """The stage of this rank; outside of a run, one without other ranks."""
         raise NotImplementedError
+
+    def part(self) -> None:
+        """Leave the other ranks when all have come to the end of a run."""
+        self.stage.close()
 
     def fail(self, exception: BaseException) -> BaseException | None:
         """Tell the other ranks of ``exception`` and leave them; return the failure that ends the run, if any."""
@@ -121,9 +125,9 @@ class RankStrategy(ParallelStrategy):
                     f"start_method='popen' runs a script once for each of {self.num_ranks} ranks, but this is a "
                     "notebook or an interactive session. Pass DGLStrategy(start_method='fork')."
                 )
-            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self.part)
         else:
-            self._launcher = RankLauncher(self, self._start_method, self.fail, self._name_of_process)
+            self._launcher = RankLauncher(self, self._start_method, self.part, self.fail, self._name_of_process)
 
     def _name_of_process(self, local_rank: int) -> str:
         return self.rank_names()[self.node_rank * self.num_processes + local_rank]

@@ -291,6 +291,8 @@ class DistributedStage(Stage):
 
     @override
     def close(self) -> None:
+        if not self.is_open:
+            return
         self.meet("to finish")
         self.watchdog.stop()
         exits.after_success()

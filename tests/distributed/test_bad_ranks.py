@@ -37,6 +37,7 @@ CAUSES = {
     "host memory": "MemoryError: the culprit",
     "interrupt": "KeyboardInterrupt",
 }
+AFTER_TRAINING = ("end of training", "end of fit", "tear-down")
 STAGES = {3: ["blocks 0 to 1", "block 2", "block 3"], 2: ["blocks 0 to 1", "blocks 2 to 3"]}
 
 
@@ -69,7 +70,7 @@ def messages(outcome: Outcome) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_bad_rank(case: Case, job: Job) -> None:
     num_ranks = case.num_replicas * case.num_stages
     job.start_ranks(
@@ -109,7 +110,7 @@ def test_bad_rank(case: Case, job: Job) -> None:
 def assert_checkpoints_are_whole(folder: Path, case: Case) -> None:
     """Every checkpoint of an epoch that has ended, and the last one, can be loaded."""
     files = {path.name: path for path in (folder / "checkpoints").glob("*")}
-    num_epochs = {"set-up": 0, "sanity check": 0, "tear-down": 2}.get(case.phase, 1)
+    num_epochs = 0 if case.phase in ("set-up", "sanity check") else 2 if case.phase in AFTER_TRAINING else 1
     expected = ["last.ckpt", "epoch=0.ckpt", "epoch=1.ckpt"][: num_epochs + 1 if num_epochs else 0]
     if case.phase == "checkpoint" and case.rank > 0:  # rank 0 has all it needs to save this one, too
         files.pop("epoch=1.ckpt", None)

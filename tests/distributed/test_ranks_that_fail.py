@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from tests.distributed.jobs import Job, Outcome, by_hand
-from tests.distributed.training import train
+from tests.distributed.training import Module, train, weights_of
+from tests.runs import make_module
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,17 @@ def test_error_on_rank_0_is_its_own(job: Job, undisturbed: tuple[Job, Outcome]) 
     note = r"\n(\[rank0\]: )?Raised on Rank 0 \(blocks 0 to 1\)\." if sys.version_info >= (3, 11) else ""
     assert re.search(f"ZeroDivisionError: the culprit{note}", outcome.output)
     assert_checkpoint_is_whole(job, undisturbed)
+
+
+def test_a_rank_that_goes_on_reads_no_old_weights(job: Job, undisturbed: tuple[Job, Outcome]) -> None:
+    start(job, "hand", 2, fault="raise", on=1, goes_on=True)
+    outcome = job.wait()
+    assert sorted(outcome.codes) == [0, 1], str(outcome)
+    assert outcome.output.count("reads: Block 2 was trained on rank 1, and its weights are lost") == 2, str(outcome)
+    saved = torch.load(job.folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    module = make_module(kind=Module, dropout=0.2)
+    module.load_state_dict(saved)
+    assert outcome.weights == [weights_of(module)]
 
 
 @pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])

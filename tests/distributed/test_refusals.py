@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -116,7 +117,14 @@ REFUSED: dict[str, tuple[Callable[[int], None], str]] = {
         lambda rank: fit(
             callbacks=[ModelCheckpoint(monitor="train/loss", every_n_train_steps=1)], enable_checkpointing=True
         ),
-        "ModelCheckpoint monitors 'train/loss' every 1 steps, but .*save_on_train_epoch_end=True",
+        "ModelCheckpoint monitors 'train/loss' with every_n_train_steps=1, but .*save_on_train_epoch_end=True",
+    ),
+    "saving by a training value now and then": (
+        lambda rank: fit(
+            callbacks=[ModelCheckpoint(monitor="train/loss", train_time_interval=timedelta(minutes=1))],
+            enable_checkpointing=True,
+        ),
+        r"ModelCheckpoint monitors 'train/loss' with train_time_interval=datetime.timedelta\(seconds=60\), but",
     ),
     "averaged weights": (
         lambda rank: fit(callbacks=[StochasticWeightAveraging(1e-2)]),

@@ -32,6 +32,10 @@ class Reader(L.Callback):
         module.train(was_training)
         logged = {name: value.cpu() for name, value in trainer.callback_metrics.items() if "skipped" not in name}
         self.seen.append((when, weights_of(module), scores, logged))
+        if when == "epoch end":  # and the gradients of the blocks that are trained here, no others
+            for j in range(module.num_blocks):
+                has_gradients = {p.grad is not None for p in module.block_parameters(j)}
+                assert has_gradients == {j in module.run.stage.blocks}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._read("epoch start", trainer, pl_module)
@@ -52,6 +56,10 @@ class Reader(L.Callback):
         assert all(p.isfinite().all() for j in run.stage.blocks for p in pl_module.block_parameters(j))
         if not run.stage.is_split:
             return
+        if trainer.global_rank > 0:  # the first rank is told of the others' values some steps later
+            known = [name for name in trainer.callback_metrics if name.startswith("train/")]
+            assert all(int(name[-1]) in run.stage.blocks for name in known if "_block" in name), known
+            assert run.stage.is_last == ("train/loss" in known), known
         there = next(j for j in range(pl_module.num_blocks) if j not in run.stage.blocks)
         weight = pl_module.block_parameters(there)[0]
         assert (weight.shape, weight.requires_grad, "Block" in repr(weight)) == (weight.size(), True, True)

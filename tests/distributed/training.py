@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dgl import DGLModule, DGLStrategy
+from lightning_dgl import DGLModule, DGLStrategy, RankFailedError
 from tests.runs import loader, make_module, quiet_trainer, small_data
 
 
@@ -113,7 +113,9 @@ PHASES: dict[str, tuple[str, int | None, int | None]] = {
     "end of epoch": ("on_train_epoch_end", 1, None),
     "validation": ("on_validation_batch_start", 1, 0),
     "checkpoint": ("on_save_checkpoint", 1, None),
-    "tear-down": ("on_train_end", None, None),
+    "end of training": ("on_train_end", None, None),
+    "end of fit": ("on_fit_end", None, None),
+    "tear-down": ("teardown", None, None),
 }
 """When a fault may strike: the hook, the epoch and the batch."""
 
@@ -159,10 +161,12 @@ def train(
     schedule: str = "sync",
     resume: bool = False,
     save_on_exception: bool = False,
+    goes_on: bool = False,
     **arguments: Any,
 ) -> None:
     """Train for two epochs of eight batches, saving each, while rank ``on`` has ``fault``; print the weights' digest.
 
+    With ``goes_on``, a rank that survives a failure tries to read the weights, then loads those of the last checkpoint.
     Further arguments are the module's.
     """
     L.seed_everything(3, verbose=False)
@@ -184,7 +188,18 @@ def train(
     )
     module = make_module(kind=Module, dropout=0.2, **arguments)
     data = DataLoader(Samples(64), batch_size=8, shuffle=True)
-    trainer.fit(module, data, loader(16), ckpt_path="last" if resume else None)
+    try:
+        trainer.fit(module, data, loader(16), ckpt_path="last" if resume else None)
+    except RankFailedError:
+        if not goes_on:
+            raise
+        for read in (module.state_dict, lambda: module(small_data(4).tensors[0])):
+            try:
+                read()
+            except RuntimeError as error:
+                print(f"Rank {trainer.global_rank} reads: {error}")
+        module.load_state_dict(torch.load("checkpoints/last.ckpt", weights_only=True)["state_dict"])
+        module(small_data(4).tensors[0])
     print(f"Rank {trainer.global_rank} ends with the weights {weights_of(module)}", flush=True)
 
 
