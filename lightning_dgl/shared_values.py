@@ -8,12 +8,12 @@ next training step they forget what others had logged in training, as it is old 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_dgl.distributed import Report
@@ -62,6 +62,31 @@ def report_step(trainer: Trainer, run: Run) -> None:
         run.stage.report(Report(step, values | {"epoch": trainer.current_epoch}))
 
 
+class _Known(NamedTuple):
+    """What a rank knows, and tells the others.
+
+    Attributes:
+        logged: what users have logged there.
+        latest: the newest training values of its blocks.
+        reductions: how values that users log are reduced over ranks.
+        of_steps: the names of those values that are of a single training step.
+    """
+
+    logged: dict[str, Logged]
+    latest: dict[str, Tensor]
+    reductions: dict[str, str]
+    of_steps: set[str]
+
+
+def _known_here(trainer: Trainer, run: Run, training: bool) -> _Known:
+    steps = {name: item._replace(for_loggers=False) for name, item in logged_in_steps(trainer, on_step=True).items()}
+    logged = steps | (logged_in_steps(trainer, on_step=False) if training else logged_values(trainer))
+    logged = {name: item for name, item in logged.items() if name not in run.from_reports}
+    latest = {f"train/{name}": value.cpu() for name, value in run.latest.items()}
+    of_steps = latest.keys() | (steps.keys() & logged.keys() if training else set())
+    return _Known(logged, latest, run.reductions, of_steps)
+
+
 def forget(trainer: Trainer, run: Run) -> None:
     """Let callbacks no longer read the training values that other ranks had logged when they were shared.
 
@@ -87,30 +112,25 @@ def share(trainer: Trainer, module: LightningModule, run: Run, *, training: bool
     """
     if not run.stage.is_split or trainer.barebones:  # which logs nothing
         return
-    mine = {name: item._replace(for_loggers=False) for name, item in logged_in_steps(trainer, on_step=True).items()}
-    mine |= logged_in_steps(trainer, on_step=False) if training else logged_values(trainer)
-    mine = {name: item for name, item in mine.items() if name not in run.from_reports}
-    latest = {f"train/{name}": value.cpu() for name, value in run.latest.items()}
-    of_own_steps = latest.keys() | (logged_in_steps(trainer, on_step=True).keys() if training else set())
-    parts: Sequence[Any] = run.stage.gather((mine, latest, run.reductions, of_own_steps))[: len(run.stage.assignment)]
+    mine = _known_here(trainer, run, training)
+    parts = run.stage.gather(mine)[: len(run.stage.assignment)]
     merged: dict[str, Logged] = {}
-    for logged, *_ in reversed(parts):
-        merged |= logged
-    reductions = {name: how for _, _, own, _ in parts for name, how in own.items()}
+    for part in reversed(parts):
+        merged |= part.logged
+    reductions = {name: how for part in parts for name, how in part.reductions.items()}
     values = {name: item.value for name, item in merged.items()}
     for name, how in reductions.items():
-        found = [logged[name].value.float() for logged, *_ in parts if name in logged]
+        found = [part.logged[name].value.float() for part in parts if name in part.logged]
         if found:
             values[name] = _REDUCTIONS[how](torch.stack(found))
-    for _, newest, _, _ in parts:
-        values |= newest
-    of_steps = {name for *_, names in parts for name in names}
-    run.from_others |= of_steps - of_own_steps
+    for part in parts:
+        values |= part.latest
+        run.from_others |= part.of_steps - mine.of_steps
     values = {name: value.to(module.device) for name, value in values.items()}
     trainer.callback_metrics.update(values)
     replace_logged(trainer, values)
     if trainer.is_global_zero and not trainer.sanity_checking:
-        of_others = [name for name, item in merged.items() if item.for_loggers and name not in mine]
+        of_others = [name for name, item in merged.items() if item.for_loggers and name not in mine.logged]
         step = trainer.global_step - (1 if trainer.state.fn == "fit" else 0)
         for logger in trainer.loggers if of_others else ():
             numbers = {name: float(values[name]) for name in of_others}
