@@ -33,13 +33,13 @@ class Variant:
 
     Attributes:
         taken_apart: for each block, the paths of the modules that it takes apart, "" for the network.
-        settings: by path of a module and name of an attribute, what the forward has read.
+        settings: see :class:`~.trace.Trace`.
     """
 
     graphs: list[fx.Graph]
     functions: list[GraphFunction]
     taken_apart: list[list[str]]
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, dict[tuple[str, str], Any]]
 
     @classmethod
     def of(cls, trace: Trace, cuts: Sequence[Cut]) -> Variant:
@@ -54,12 +54,11 @@ class Variant:
     def difference(self, network: nn.Module, number: int) -> str | None:
         """Say which setting of ``network`` is not that of this variant in one block, None if all are."""
         for path in self.taken_apart[number]:
-            module = network.get_submodule(path)
-            if has_hooks(module):
+            if has_hooks(network.get_submodule(path)):
                 return f"{path or 'the network'} got hooks"
-            for name, value in self.settings.get(path, {}).items():
-                if setting(module, name) != value:
-                    return f"`{path + '.' if path else ''}{name}` was changed"
+            for (owner, name), value in self.settings.get(path, {}).items():
+                if setting(network.get_submodule(owner), name) != value:
+                    return f"`{owner + '.' if owner else ''}{name}` was changed"
         return None
 
 

@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partialmethod
-from typing import Any, NoReturn
+from typing import Any
 
 from torch.fx.proxy import Attribute, Proxy
 
 from lightning_dgl.splitting.sizes import ATTRIBUTES
-from lightning_dgl.splitting.watching import Opaque
 
 
 class ReadsMode(BaseException):
@@ -23,19 +22,24 @@ class ReadsMode(BaseException):
 class HiddenMode:
     """Stands in for ``module.training`` while tracing: a graph would freeze the mode that was read."""
 
-    __slots__ = ("_traced_by_mode",)
+    __slots__ = ("read",)
 
-    def __init__(self, traced_by_mode: bool) -> None:
-        self._traced_by_mode = traced_by_mode
-
-    def refuse(self, *_: Any) -> NoReturn:
-        """Raise: the mode was read."""
-        if self._traced_by_mode:
-            raise ReadsMode
-        raise Opaque("reads `self.training`")
+    def __init__(self, read: Callable[[], bool]) -> None:
+        self.read = read  # raises where the mode must not be read
 
     # By condition, comparison, index or number, and dictionary key.
-    __bool__ = __eq__ = __index__ = __hash__ = refuse  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        return self.read()
+
+    def __eq__(self, other: object) -> bool:
+        return self.read() == other
+
+    def __index__(self) -> int:
+        return int(self.read())
+
+    def __hash__(self) -> int:
+        return hash(self.read())
 
 
 class InPlaceProxy(Proxy):

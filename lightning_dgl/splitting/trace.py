@@ -64,7 +64,8 @@ class Trace:
         returns: the path of a module and the node that it returned, for each call, inner calls before outer ones.
         passed: the numbers of those calls that returned what they were given.
         kept_whole: the path of each module with children that could not be traced into, and the reason.
-        settings: the plain attributes that each module traced into has read, and their values.
+        settings: by path of a module traced into, the plain attributes that its forward has read, by path of their
+            module, mostly itself, and name.
     """
 
     graph: fx.Graph
@@ -72,7 +73,7 @@ class Trace:
     returns: list[tuple[str, fx.Node]]
     passed: set[int]
     kept_whole: dict[str, str]
-    settings: dict[str, dict[str, Any]]
+    settings: dict[str, dict[tuple[str, str], Any]]
 
     @cached_property
     def operations(self) -> list[fx.Node]:

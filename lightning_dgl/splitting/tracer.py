@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,6 +143,8 @@ class _Tracer(fx.Tracer):
         self._example_input = example_input
         self._mode = mode
         self._whole = whole
+        self._traced_by_mode: set[str] = set()
+        self._modes_read: set[str] = set()
         self._paths = {module: path for path, module in twin.named_modules()}
         self._originals = {module: path for path, module in network.named_modules()}
         self._values: dict[int, Values] = {}
@@ -152,23 +155,25 @@ class _Tracer(fx.Tracer):
         self.entered: nn.Module | None = None
         self._proxies: list[tuple[weakref.ref[Proxy], str]] = []
 
-    def record(self) -> tuple[fx.Graph, dict[str, dict[str, Any]]]:
-        """Trace the network; return the graph and the settings that each module read."""
+    def record(self) -> tuple[fx.Graph, dict[str, dict[tuple[str, str], Any]]]:
+        """Trace the network; return the graph and the settings that each module read, of itself or of others."""
         scripted = torch.jit.ScriptModule
         kinds = Counter(map(type, self._paths))
         for module, path in self._paths.items():
             # A network in a wrapper is one of its kind. What repeats is rather kept whole than traced in each mode.
             holds_layers = any(next(child.parameters(), None) is not None for child in module.children())
             traced_by_mode = path == "" or (path not in self._whole and kinds[type(module)] == 1 and holds_layers)
+            if traced_by_mode:
+                self._traced_by_mode.add(path)
             if self._mode is None or not traced_by_mode:
-                vars(module)["training"] = HiddenMode(traced_by_mode)
+                vars(module)["training"] = HiddenMode(partial(self._read_mode, path))
             else:
-                vars(module)["training"] = self._mode[path] if isinstance(self._mode, dict) else self._mode
+                vars(module)["training"] = self._mode_of(path)
             if not isinstance(module, scripted):
                 vars(module)["forward"] = _Forward(self, module, module.forward)
         before = {path: Snapshot(m) for m, path in self._paths.items() if not isinstance(m, scripted)}
         with ExitStack() as stack:
-            reads = stack.enter_context(noting_reads(self._paths))
+            reads = stack.enter_context(noting_reads(self._paths, lambda: self.frame.path))
             stack.enter_context(refusing_what_proxies_pass_through(lambda: not self._evaluating))
             stack.enter_context(instances_of_what_proxies_stand_for(self))
             stack.enter_context(torch.inference_mode(False))
@@ -181,15 +186,29 @@ class _Tracer(fx.Tracer):
         self._find_leaks()
         return graph, self._settings(reads)
 
-    def _settings(self, reads: set[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    def _read_mode(self, path: str) -> bool:
+        """Return the mode of the module at ``path``, which the module being traced reads: of itself, or of a part."""
+        if not self._traced_by_mode & {path, self.frame.path}:
+            raise Opaque("reads `self.training`")
+        if self._mode is None:
+            raise ReadsMode
+        self._modes_read.add(path)
+        return self._mode_of(path)
+
+    def _mode_of(self, path: str) -> bool:
+        assert self._mode is not None
+        return self._mode[path] if isinstance(self._mode, dict) else self._mode
+
+    def _settings(self, reads: set[tuple[str, str, str]]) -> dict[str, dict[tuple[str, str], Any]]:
         modules = dict(self._network.named_modules())
-        settings: dict[str, dict[str, Any]] = {}
-        for path, name in sorted(reads):
+        settings: dict[str, dict[tuple[str, str], Any]] = {}
+        for reader, path, name in sorted(reads):
             value = setting(modules[path], name)
             if name == "training":
-                value = freeze(vars(self._twin.get_submodule(path))[name])
+                was_read = path in self._traced_by_mode | self._modes_read
+                value = freeze(self._mode_of(path)) if was_read and self._mode is not None else None
             if value is not None:
-                settings.setdefault(path, {})[name] = value
+                settings.setdefault(reader, {})[path, name] = value
         return settings
 
     def _find_leaks(self) -> None:
@@ -228,7 +247,7 @@ class _Tracer(fx.Tracer):
     @override
     def create_arg(self, a: Any) -> Argument:
         if isinstance(a, HiddenMode):
-            a.refuse()
+            return a.read()
         if isinstance(a, Tensor) and not self._belongs_to_network(a):
             raise Opaque(
                 "makes a tensor that does not depend on its input, whose values a graph would freeze (register a "

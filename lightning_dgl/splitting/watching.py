@@ -200,14 +200,14 @@ _HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
 
 
 @contextmanager
-def noting_reads(paths: Mapping[nn.Module, str]) -> Iterator[set[tuple[str, str]]]:
-    """Note which attributes of the modules in ``paths`` are read, as pairs of path and name."""
-    reads: set[tuple[str, str]] = set()
+def noting_reads(paths: Mapping[nn.Module, str], reader: Callable[[], str]) -> Iterator[set[tuple[str, str, str]]]:
+    """Note which attributes of the modules in ``paths`` are read: what ``reader`` returns then, the path, the name."""
+    reads: set[tuple[str, str, str]] = set()
     plain = object.__getattribute__
 
     def read(module: Any, name: str) -> Any:
         if name not in _OWN and module in paths:
-            reads.add((paths[module], name))
+            reads.add((reader(), paths[module], name))
         return plain(module, name)
 
     nn.Module.__getattribute__ = read  # type: ignore[method-assign]
@@ -217,7 +217,7 @@ def noting_reads(paths: Mapping[nn.Module, str]) -> Iterator[set[tuple[str, str]
         del nn.Module.__getattribute__
 
 
-_OWN = {*vars(nn.Module()), *dir(object), "forward"} - {"training"}
+_OWN = {*vars(nn.Module()), *dir(object), "forward", "__module__"} - {"training"}
 
 
 def setting(module: nn.Module, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,38 @@ def test_blocks_follow_a_part_that_is_in_another_mode() -> None:
     assert_equivalent(network, blocks, x)
     network.eval()
     network.network.train()
+    assert_equivalent(network, blocks, x)
+
+
+class Scale(nn.Module):
+    """Has no forward: its owner asks it for a number, which depends on the mode."""
+
+    in_training = 0.5
+
+    def get(self) -> float:
+        return self.in_training if self.training else 1.0
+
+
+class Asking(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale.get())
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity(), Normalised], ids=["alone", "inside"])
+def test_a_network_may_read_the_mode_and_settings_of_a_part(wrap: Any) -> None:
+    network, x = wrap(Asking()), torch.randn(3, 3, 8, 8)
+    path = "" if wrap is not Normalised else "network."
+    blocks = split(network, split_at=[f"{path}stem", f"{path}middle"], example_input=x)
+    for training in (True, False):
+        network.train(training)
+        assert_equivalent(network, blocks, x)
+    scale = network.get_submodule(f"{path}scale").train()  # the others are in eval mode
+    assert_equivalent(network, blocks, x)
+    scale.in_training = 0.25  # type: ignore[assignment]
     assert_equivalent(network, blocks, x)
 
 
