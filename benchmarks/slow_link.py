@@ -51,13 +51,13 @@ def link() -> Iterator[None]:
     """Two namespaces, joined by a pair of virtual interfaces."""
     try:
         for name in NAMESPACES:
-            _run("ip", "netns", "add", name)
+            run("ip", "netns", "add", name)
         first, second = NAMESPACES
-        _run("ip", "link", "add", "link0", "netns", first, "type", "veth", "peer", "name", "link1", "netns", second)
+        run("ip", "link", "add", "link0", "netns", first, "type", "veth", "peer", "name", "link1", "netns", second)
         for rank, name in enumerate(NAMESPACES):
-            _run("ip", "-n", name, "address", "add", f"{ADDRESSES[rank]}/24", "dev", f"link{rank}")
-            _run("ip", "-n", name, "link", "set", f"link{rank}", "up")
-            _run("ip", "-n", name, "link", "set", "lo", "up")
+            run("ip", "-n", name, "address", "add", f"{ADDRESSES[rank]}/24", "dev", f"link{rank}")
+            run("ip", "-n", name, "link", "set", f"link{rank}", "up")
+            run("ip", "-n", name, "link", "set", "lo", "up")
         yield
     finally:
         for name in NAMESPACES:
@@ -72,10 +72,20 @@ def limit(rate: str) -> None:
         )
         if rate != "unlimited":
             bucket = ("rate", rate, "burst", "256kb", "latency", "100ms")
-            _run("tc", "-n", name, "qdisc", "add", "dev", f"link{rank}", "root", "tbf", *bucket)
+            run("tc", "-n", name, "qdisc", "add", "dev", f"link{rank}", "root", "tbf", *bucket)
 
 
-def _run(*command: str) -> None:
+def require_root() -> None:
+    """End with one line unless network namespaces can be made."""
+    if os.geteuid() != 0:
+        raise SystemExit("This benchmark makes network namespaces, which needs root: run it with sudo.")
+    for program in ("ip", "tc"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"This benchmark needs the program {program}: install iproute2.")
+
+
+def run(*command: str) -> None:
+    """Run a program; end with what it says if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -128,11 +138,7 @@ def main() -> None:
     if args.work:
         print(json.dumps(vars(work(**json.loads(args.work)))))
         return
-    if os.geteuid() != 0:
-        raise SystemExit("This benchmark makes network namespaces, which needs root: run it with sudo.")
-    for program in ("ip", "tc"):
-        if shutil.which(program) is None:
-            raise SystemExit(f"This benchmark needs the program {program}: install iproute2.")
+    require_root()
     workload, how = workload_of(args), how_long(args)
     readings: dict[tuple[str, str], list[list[Reading]]] = {(m, r): [] for m in args.methods for r in args.rates}
     with link():

@@ -1,0 +1,324 @@
+"""Let three asynchronous ranks train through a bad day: stopped and killed ranks, links that get slow and fast.
+
+    sudo python -m benchmarks.soak --data cifar10 --output soak.md                        # 20 minutes on two cores
+    python -m benchmarks.soak --data digits --epochs 60 --kill-every 20 --rates           # a look at it, without root
+
+The recipe is that of ``cifar10.py --recipe modern --network four_layers``, on three ranks under torchrun, which
+restarts them from the last checkpoint. It trains twice, at first undisturbed; the second time, until all its epochs are
+taken:
+
+- every few seconds, a rank stands still for some seconds (SIGSTOP, SIGCONT), or the ranks' connections get another of
+  ``--rates``; all ranks are in a network namespace for that, ``dgl-soak``, which needs root and ``tc`` (iproute2);
+- every ``--kill-every`` seconds, a rank is killed. Then the last checkpoint must load.
+
+It ends with status 1 if the ranks hang, if torchrun gives up, or if a checkpoint is lost. The slope of the resident
+memory is that of a line through the readings of one rank between two restarts, without their first half minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from benchmarks.common import markdown_table, publish
+from benchmarks.slow_link import require_root, run
+from lightning_dgl import DGLStrategy
+
+NAMESPACE = "dgl-soak"
+NUM_RANKS = 3
+TIMEOUT = 60.0
+"""Seconds that a rank may keep the others waiting."""
+HANGS_AFTER = 4 * TIMEOUT
+"""Seconds without a step of any rank, restarts included."""
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+
+
+class Reading(NamedTuple):
+    """What a rank writes down every second or so."""
+
+    seconds: float
+    resident_mb: float
+    step: int
+
+
+class Diary(L.Callback):
+    """Writes down which process a rank is, and :class:`Reading` after reading."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._latest = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        (self._folder / f"pid{trainer.global_rank}").write_text(str(os.getpid()))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._latest < 1:
+            return
+        self._latest = now
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        reading = Reading(now, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, trainer.global_step)
+        with open(self._folder / f"rank{trainer.global_rank}-{os.getpid()}", "a") as file:
+            file.write(json.dumps(reading) + "\n")
+
+
+def work(folder: str, seed: int, arguments: Sequence[str]) -> None:
+    """Train one rank, in a process that torchrun has started."""
+    sys.path.insert(0, str(RECIPES))  # the recipes import each other by name
+    import cifar10
+
+    torch.set_num_threads(1)
+    cifar10.be_quiet()
+    args = cifar10.parse(["--recipe", "modern", "--network", "four_layers", "--seed", str(seed), *arguments])
+    train_images, test_images = cifar10.load_images(args)
+    L.seed_everything(seed, verbose=False)
+    module = cifar10.make_module(train_images, args)
+    trainer = L.Trainer(
+        strategy=DGLStrategy("async", timeout=TIMEOUT),
+        accelerator="cpu",
+        devices=NUM_RANKS,
+        precision=args.precision,
+        max_epochs=args.epochs,
+        logger=False,
+        callbacks=[Diary(Path(folder)), ModelCheckpoint(folder, save_last=True)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    last = Path(folder) / "last.ckpt"
+    trainer.fit(
+        module, cifar10.batches(train_images, args.batch_size, train=True), ckpt_path=last if last.exists() else None
+    )
+    trainer.test(module, cifar10.batches(test_images, 500), verbose=False)
+    if trainer.is_global_zero:
+        accuracy = 100 * trainer.callback_metrics["test/acc"].item()
+        (Path(folder) / "outcome").write_text(json.dumps({"accuracy": accuracy}))
+
+
+@contextmanager
+def namespace(rates: Sequence[str]) -> Iterator[list[str]]:
+    """Make a network namespace if there are ``rates``; yield how a command is run in it."""
+    if not rates:
+        yield []
+        return
+    try:
+        run("ip", "netns", "add", NAMESPACE)
+        run("ip", "-n", NAMESPACE, "link", "set", "lo", "up")
+        yield ["ip", "netns", "exec", NAMESPACE]
+    finally:
+        subprocess.run(["ip", "netns", "delete", NAMESPACE], capture_output=True, check=False)
+
+
+def limit(rate: str) -> None:
+    """Let the connections between ranks carry ``rate`` together, as tc understands it."""
+    subprocess.run(["tc", "-n", NAMESPACE, "qdisc", "del", "dev", "lo", "root"], capture_output=True, check=False)
+    if rate != "unlimited":
+        bucket = ("rate", rate, "burst", "256kb", "latency", "100ms")
+        run("tc", "-n", NAMESPACE, "qdisc", "add", "dev", "lo", "root", "tbf", *bucket)
+
+
+def train(folder: Path, prefix: Sequence[str], seed: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start torchrun, and it the ranks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "100"]
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    of_rank = json.dumps({"folder": str(folder), "seed": seed, "arguments": list(arguments)})
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", *launcher, *meeting, "-m", "benchmarks.soak", "--work", of_rank],
+        env={"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=sys.stderr,
+    )
+
+
+class Soak:
+    """One training, and what befalls it.
+
+    Args:
+        folder: where its ranks write.
+        process: torchrun.
+
+    Attributes:
+        events: how often what has happened.
+        failure: why the training counts as failed.
+    """
+
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes]) -> None:
+        self.events: Counter[str] = Counter()
+        self.failure: str | None = None
+        self._folder = folder
+        self._process = process
+        self._began = self._stepped = time.monotonic()
+        self._size = 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it goes on; ends it if no rank takes a step any more."""
+        size = sum(path.stat().st_size for path in self._folder.glob("rank*"))
+        now = time.monotonic()
+        if size != self._size:
+            self._size, self._stepped = size, now
+        if now - self._stepped > HANGS_AFTER:
+            self.failure = f"no rank has taken a step in {HANGS_AFTER:g} s"
+            self.end()
+        return self._process.poll() is None
+
+    def disturb(self, chance: random.Random, rates: Sequence[str], kill_every: float) -> None:
+        """Make life hard for the ranks until they have finished."""
+        kills = self._began + kill_every
+        while self.is_running:
+            time.sleep(chance.uniform(2, 8))
+            if time.monotonic() > kills:
+                if self._signal(chance.randrange(NUM_RANKS), signal.SIGKILL):
+                    kills += kill_every
+                    self.events["killed"] += 1
+                    self._look_at_checkpoint()
+            elif rates and chance.random() < 0.4:
+                limit(chance.choice(rates))
+                self.events["rates changed"] += 1
+            elif self._signal(rank := chance.randrange(NUM_RANKS), signal.SIGSTOP):
+                seconds = chance.uniform(1, 10)
+                time.sleep(seconds)
+                self._signal(rank, signal.SIGCONT)
+                self.events["stopped"] += 1
+                self.events["seconds stopped"] += round(seconds)
+
+    def _signal(self, rank: int, what: signal.Signals) -> bool:
+        """Send a signal to a rank; return whether it is there."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self._folder / f"pid{rank}").read_text())
+            if b"benchmarks.soak" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, what)
+                return True
+        return False
+
+    def _look_at_checkpoint(self) -> None:
+        last = self._folder / "last.ckpt"
+        if not last.exists():
+            return
+        try:
+            checkpoint = torch.load(last, weights_only=True, map_location="cpu")
+            if not all(block["state"] for block in checkpoint["optimizer_states"][0]["blocks"]):
+                raise ValueError("the optimizer of a block has no state")
+            self.events["checkpoints loaded"] += 1
+        except Exception as error:
+            self.failure = f"the last checkpoint is lost: {type(error).__name__}: {error}"
+
+    def end(self) -> None:
+        """End torchrun and its ranks, if they run."""
+        if self._process.poll() is None:
+            for rank in range(NUM_RANKS):
+                self._signal(rank, signal.SIGCONT)
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
+            for rank in range(NUM_RANKS):
+                self._signal(rank, signal.SIGKILL)
+            self._process.kill()
+
+    def outcome(self) -> dict[str, Any]:
+        """Return what is to be told of it."""
+        if self.failure is None and self._process.wait() != 0:
+            self.failure = f"torchrun has ended with status {self._process.returncode}"
+        file = self._folder / "outcome"
+        return {
+            "minutes": (time.monotonic() - self._began) / 60,
+            "accuracy": json.loads(file.read_text())["accuracy"] if file.exists() else None,
+            "restarts": len(list(self._folder.glob("rank0-*"))) - 1,
+            "slopes": slopes(self._folder),
+            "failure": self.failure,
+            **self.events,
+        }
+
+
+def slopes(folder: Path) -> list[tuple[float, float]]:
+    """Return for each rank, between restarts, the slope of its resident memory in MB a minute, and its mean in MB."""
+    found = []
+    for path in folder.glob("rank*"):
+        readings = [Reading(*json.loads(line)) for line in path.read_text().splitlines()]
+        readings = [reading for reading in readings if reading.seconds - readings[0].seconds > 30]
+        if len(readings) >= 20:
+            minutes, memory = [r.seconds / 60 for r in readings], [r.resident_mb for r in readings]
+            found.append((statistics.linear_regression(minutes, memory).slope, statistics.fmean(memory)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10", help="cifar10, digits, or a folder with train/ and test/")
+    parser.add_argument("--cache", default="data", help="folder for what is downloaded and decoded")
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0, help="of the training, and of what befalls it")
+    parser.add_argument("--kill-every", type=float, default=300, help="seconds")
+    parser.add_argument(
+        "--rates", nargs="*", default=["unlimited", "1gbit", "300mbit", "100mbit"], help="none: links stay as they are"
+    )
+    parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(**json.loads(args.work))
+        return
+    if args.rates:
+        require_root()
+    arguments = ["--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs)]
+    outcomes = []
+    with namespace(args.rates) as prefix, TemporaryDirectory() as parent:
+        for is_disturbed in (False, True):
+            (folder := Path(parent) / str(is_disturbed)).mkdir()
+            soak = Soak(folder, train(folder, prefix, args.seed, arguments))
+            try:
+                if is_disturbed:
+                    soak.disturb(random.Random(args.seed), args.rates, args.kill_every)
+                while soak.is_running:
+                    time.sleep(1)
+            finally:  # Ctrl-C, too
+                soak.end()
+            outcomes.append(soak.outcome())
+            print(outcomes[-1], file=sys.stderr, flush=True)
+
+    def row(title: str, show: Any) -> list[str]:
+        return [title, *("" if (value := show(outcome)) is None else value for outcome in outcomes)]
+
+    def steepest(outcome: dict[str, Any]) -> str | None:
+        return "; ".join(f"{s:+.1f} of {m:.0f}" for s, m in sorted(outcome["slopes"])[-1:]) or None
+
+    rows = [
+        row("minutes", lambda o: f"{o['minutes']:.1f}"),
+        row("accuracy of the last block, %", lambda o: o["accuracy"] and f"{o['accuracy']:.2f}"),
+        row("a rank was stopped, times (seconds)", lambda o: f"{o.get('stopped', 0)} ({o.get('seconds stopped', 0)})"),
+        row("links got another rate, times", lambda o: str(o.get("rates changed", 0))),
+        row("a rank was killed, times", lambda o: str(o.get("killed", 0))),
+        row("restarts", lambda o: str(o["restarts"])),
+        row("checkpoints that were there then, and loaded", lambda o: str(o.get("checkpoints loaded", 0))),
+        row("resident memory, steepest slope, MB a minute", steepest),
+        row("failure", lambda o: o["failure"]),
+    ]
+    about = f"four_layers, three asynchronous ranks, {args.epochs} epochs on {Path(args.data).name}, seed {args.seed}"
+    publish(f"{about}.\n\n{markdown_table(['', 'undisturbed', 'disturbed'], rows)}", args.output)
+    if any(outcome["failure"] for outcome in outcomes):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
