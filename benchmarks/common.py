@@ -122,6 +122,33 @@ def _work(rank: int, port: int | None, threads: int, work: Callable[..., T], *ar
         os._exit(1)
 
 
+def with_share(rank: int, share: float, work: Callable[..., T], *args: Any) -> T:
+    """Return what ``work(rank, *args)`` returns while this process gets ``share`` of a core at most.
+
+    Below 1 it is limited by a control group, which needs root. So ranks that outnumber the cores are as slow as if each
+    had a slower core to itself: none is faster while another one waits.
+    """
+    if share >= 1:
+        return work(rank, *args)
+    groups = Path("/sys/fs/cgroup")
+    has_v2 = (groups / "cgroup.controllers").exists()
+    group = (groups if has_v2 else groups / "cpu") / f"dgl-{os.getpid()}"
+    quota, period = round(share * 10_000), 10_000  # microseconds
+    group.mkdir()
+    if has_v2:
+        (groups / "cgroup.subtree_control").write_text("+cpu")
+        (group / "cpu.max").write_text(f"{quota} {period}")
+    else:
+        (group / "cpu.cfs_period_us").write_text(str(period))
+        (group / "cpu.cfs_quota_us").write_text(str(quota))
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        return work(rank, *args)
+    finally:
+        (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
 # Tables
 
 

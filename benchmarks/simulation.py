@@ -26,11 +26,12 @@ import math
 import os
 import random
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from benchmarks.common import in_processes, markdown_table, publish, spread
+from benchmarks.common import in_processes, markdown_table, publish, spread, with_share
 from benchmarks.parallel import Setup, time_blocks, train
 from benchmarks.scaling import CHECKED, Link
 from benchmarks.workloads import Workload
@@ -298,6 +299,10 @@ def _order(stage: int, num_stages: int, num_parts: int) -> list[tuple[str, int]]
 
 def check(args: argparse.Namespace) -> str:
     """Measure blocks, links and training on this machine, and simulate the same."""
+    if args.cores < max(CHECKED) and os.geteuid() != 0:
+        raise SystemExit(
+            f"Up to {max(CHECKED)} ranks on {args.cores} cores are limited by control groups: run it with sudo."
+        )
     rows = []
     for num_stages in CHECKED:
         workload = Workload(channels=args.channels, batch_size=64, blocks=num_stages).balanced()
@@ -305,18 +310,17 @@ def check(args: argparse.Namespace) -> str:
             "synchronous": Setup("dgl", num_stages, 1, workload, args.steps, 3),
             "1F1B": Setup("1f1b", num_stages, 1, workload, args.steps, 3, micro_batches=4),
         }
-        num_cores = min(num_stages, args.cores)
+        share = min(1.0, args.cores / num_stages)
         num_bytes = 4 * workload.batch_size * args.channels * 32 * 32
         for _ in range(args.repeats):
-            times = in_processes(num_cores, 1, time_blocks, Setup("dgl", 1, 1, workload, args.steps, 3))
+            one = Setup("dgl", 1, 1, workload, args.steps, 3)
+            times = in_processes(num_stages, 1, with_share, share, time_blocks, one, together=False)
             blocks = [statistics.fmean(statistics.median(own[0][j]) for own in times) for j in range(num_stages)]
             heads = [statistics.fmean(statistics.median(own[1][j]) for own in times) for j in range(num_stages - 1)]
             link = Link.measure(num_bytes)
-            shared = num_stages / num_cores  # ranks that share a core work so much slower
-            blocks = [shared * seconds for seconds in link.with_overhead(blocks)]
             cluster = Cluster(
-                tuple(blocks),
-                (*(shared * seconds for seconds in heads), 0.0),
+                tuple(link.with_overhead(blocks)),
+                (*heads, 0.0),
                 message_bytes=num_bytes,
                 raw_bytes=num_bytes,
                 link=link,
@@ -324,10 +328,12 @@ def check(args: argparse.Namespace) -> str:
                 micro_batches=4,
             )
             for method, setup in setups.items():
-                ranks = in_processes(num_stages, 1, train, setup)
+                ranks = in_processes(num_stages, 1, with_share, share, train, setup)
                 speed = setup.steps * workload.batch_size / max(rank.seconds for rank in ranks)
                 predicted = simulate(method, cluster).samples_per_second
                 rows.append((method, num_stages, speed, predicted))
+                about = f"{method}, {num_stages} ranks: {speed:.1f} samples/s measured, {predicted:.1f} simulated"
+                print(about, file=sys.stderr, flush=True)
     lines = []
     for method, num_stages in dict.fromkeys((row[0], row[1]) for row in rows):
         own = [(speed, predicted) for m, j, speed, predicted in rows if (m, j) == (method, num_stages)]
