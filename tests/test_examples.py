@@ -119,6 +119,29 @@ def test_results_that_belong_to_the_repository_are_of_comparisons(script: Main) 
     assert found and all(arguments[:-2] in known for arguments in found)
 
 
+@pytest.mark.parametrize("method", ["dgl", "sequential", "backprop"])
+def test_an_interrupted_run_goes_on_after_its_last_epoch(
+    method: str, script: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cifar10 = importlib.import_module("cifar10")
+    few = ("--epochs", "3", "--images", "256", "--channels", "8", "--accelerator", "cpu", "--method", method)
+    args = cifar10.parse(["--data", "digits", *few])
+    undisturbed = cifar10.train(args)
+
+    def interrupt(self: Any, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 2:
+            raise RuntimeError("the power is off")
+
+    checkpoint = tmp_path / "unfinished" / "run.ckpt"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the power is off"):
+        patch.setattr(cifar10.CPUTime, "on_train_epoch_start", interrupt, raising=False)
+        cifar10.train(args, checkpoint=checkpoint)
+    assert checkpoint.exists()
+    resumed = cifar10.train(args, checkpoint=checkpoint)
+    assert resumed["accuracies"] == undisturbed["accuracies"]
+    assert resumed["ensemble"] == undisturbed["ensemble"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ try:
     from dni import DNIModule
     from image_data import Images, Preprocessing, batches, load
     from networks import make_network
-    from recipe import add_arguments, add_codec, be_quiet, finish, make_callbacks, make_codec, make_loggers
+    from recipe import add_arguments, add_codec, be_quiet, finish, keep, make_callbacks, make_codec, make_loggers
 except ImportError as error:
     sys.exit(f'{error}. This example needs torchvision and scikit-learn: pip install "lightning-dgl[examples]"')
 
@@ -200,6 +201,23 @@ class StopWhenAllHaveFinished(L.Callback):
         trainer.should_stop = updates >= self._epochs * trainer.num_training_batches
 
 
+class CPUTime(L.Callback):
+    """Counts the CPU seconds of a training, those before an interruption included."""
+
+    def __init__(self) -> None:
+        self._since, self._before = time.process_time(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.process_time() - self._since
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._since, self._before = time.process_time(), state_dict["seconds"]
+
+
 class AllScores(nn.Module):
     """Computes the class scores of every block, for what runs a module on batches of images."""
 
@@ -211,14 +229,20 @@ class AllScores(nn.Module):
         return self.module.block_scores(images)
 
 
-def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str, Any]:
+def train(args: argparse.Namespace, loggers: Sequence[Logger] = (), checkpoint: Path | None = None) -> dict[str, Any]:
     """Train as the arguments say; with loggers, also show progress and evaluate after every epoch.
+
+    Args:
+        args: of :func:`parse`.
+        loggers: for what is measured while it trains.
+        checkpoint: file for the state after each epoch, from which the training goes on if the file is there.
 
     Returns:
         ``accuracies``, on the test set, of every block in percent; that of their ``ensemble``; ``compression``, how
         many times smaller than the blocks' outputs was what the next ones were given, targets and codebooks included;
-        ``head_flops`` and ``head_parameters``, of the auxiliary heads over those of the network.
+        ``head_flops`` and ``head_parameters``, of the auxiliary heads over those of the network; ``cpu_seconds``.
     """
+    cpu_time = CPUTime()
     train_images, test_images = load_images(args)
     L.seed_everything(args.seed, verbose=False)
     module = make_module(train_images, args)
@@ -230,17 +254,20 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
         max_epochs=-1 if args.method in ("async", "sequential") else args.epochs,
         logger=loggers,
         callbacks=[
+            cpu_time,
+            *([] if checkpoint is None else [keep(checkpoint)]),
             *([StopWhenAllHaveFinished(args.epochs)] if args.method == "async" else []),
             *(make_callbacks(loggers, module) if loggers else []),
         ],
-        enable_checkpointing=bool(loggers),
+        enable_checkpointing=bool(loggers) or checkpoint is not None,
         enable_model_summary=bool(loggers),
         enable_progress_bar=bool(loggers),
         num_sanity_val_steps=0,
         log_every_n_steps=10,
     )
     train_batches, test_batches = batches(train_images, args.batch_size, train=True), batches(test_images, 500)
-    trainer.fit(module, train_batches, test_batches if loggers else None)
+    resumed = checkpoint if checkpoint is not None and checkpoint.exists() else None
+    trainer.fit(module, train_batches, test_batches if loggers else None, ckpt_path=resumed)
     if args.update_bn:
         # With a codec, BatchNorm has seen decoded activations, but what is kept and tested is the network without it.
         images = (batch.to(module.device) for batch, _ in train_batches)
@@ -257,7 +284,7 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
         accuracy = values["test/acc"]
         return {
             **{"accuracies": [accuracy], "ensemble": accuracy, "compression": 1.0},
-            **{"head_flops": 0.0, "head_parameters": 0.0},
+            **{"head_flops": 0.0, "head_parameters": 0.0, "cpu_seconds": cpu_time.seconds},
         }
     return {
         "accuracies": [values[f"test/acc_block{j}"] for j in range(module.num_blocks)],
@@ -265,6 +292,7 @@ def train(args: argparse.Namespace, loggers: Sequence[Logger] = ()) -> dict[str,
         "compression": sum(own.raw_bytes for own in traffic) / encoded if encoded else 1.0,
         "head_flops": sum(module.head_flops) / sum(module.block_flops),
         "head_parameters": num_parameters(module.heads) / num_parameters(module.network),
+        "cpu_seconds": cpu_time.seconds,
     }
 
 

@@ -5,19 +5,19 @@
     python examples/recipes/compare.py resnet20 --data digits --epochs 1 --seeds 0 --results look.csv     # a look at it
 
 Every run becomes a row of a CSV file, with the arguments of cifar10.py that repeat it. A run that is there already is
-not run again: to go on after an interruption, to add seeds, or to print the tables of docs/results.md from the rows
-that belong to this repository, give the command again. Several processes may fill one file at once, with other seeds
-each.
+not run again, and one that was interrupted goes on after its last epoch (an asynchronous one begins anew). To go on
+after an interruption, to add seeds, or to print the tables of docs/results.md from the rows that belong to this
+repository, give the command again. Several processes may fill one file at once, with other seeds each.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import shlex
 import statistics
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -245,9 +245,13 @@ def figure(experiment: Experiment, values: Outcomes) -> Figure:
 
 
 def make_row(arguments: str, data: str, cache: Path) -> list[str]:
-    """Train as ``arguments`` say; return the row of this run."""
-    began = time.process_time()
-    outcome = cifar10.train(cifar10.parse(["--data", data, "--cache", str(cache), *shlex.split(arguments)]))
+    """Train as ``arguments`` say, from where an earlier call was interrupted; return the row of this run."""
+    name = hashlib.sha256(f"{data} {arguments}".encode()).hexdigest()[:12]
+    checkpoint = cache / "unfinished" / f"{name}.ckpt"
+    args = cifar10.parse(["--data", data, "--cache", str(cache), *shlex.split(arguments)])
+    # Replay buffers are not saved, so an asynchronous run would not go on as if it had not been interrupted.
+    outcome = cifar10.train(args, checkpoint=None if args.method == "async" else checkpoint)
+    checkpoint.unlink(missing_ok=True)
     return [
         Path(data).name,
         arguments,
@@ -256,7 +260,7 @@ def make_row(arguments: str, data: str, cache: Path) -> list[str]:
         f"{outcome['compression']:.2f}",
         f"{outcome['head_flops']:.4f}",
         f"{outcome['head_parameters']:.4f}",
-        f"{time.process_time() - began:.0f}",
+        f"{outcome['cpu_seconds']:.0f}",
     ]
 
 

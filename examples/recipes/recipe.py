@@ -86,6 +86,11 @@ def make_loggers(args: argparse.Namespace, name: str, tags: list[str]) -> list[L
     return loggers
 
 
+def keep(checkpoint: Path) -> ModelCheckpoint:
+    """Keep the state after each epoch in the file ``checkpoint``."""
+    return ModelCheckpoint(checkpoint.parent, checkpoint.stem, enable_version_counter=False)
+
+
 def make_callbacks(loggers: Sequence[Logger], module: L.LightningModule) -> list[L.Callback]:
     """Keep the last state, and watch learning rates and blocks."""
     checkpoint = ModelCheckpoint(Path(str(loggers[0].log_dir)) / "checkpoints", filename="last")
