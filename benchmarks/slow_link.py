@@ -64,15 +64,12 @@ def link() -> Iterator[None]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def limit(rate: str) -> None:
-    """Let each direction carry ``rate``, as tc understands it."""
-    for rank, name in enumerate(NAMESPACES):
-        subprocess.run(
-            ["tc", "-n", name, "qdisc", "del", "dev", f"link{rank}", "root"], capture_output=True, check=False
-        )
-        if rate != "unlimited":
-            bucket = ("rate", rate, "burst", "256kb", "latency", "100ms")
-            run("tc", "-n", name, "qdisc", "add", "dev", f"link{rank}", "root", "tbf", *bucket)
+def limit(namespace: str, device: str, rate: str) -> None:
+    """Let an interface send at ``rate``, as tc understands it, or "unlimited"."""
+    qdisc, root = ("tc", "-n", namespace, "qdisc"), ("dev", device, "root")
+    subprocess.run([*qdisc, "del", *root], capture_output=True, check=False)
+    if rate != "unlimited":
+        run(*qdisc, "add", *root, "tbf", "rate", rate, "burst", "256kb", "latency", "100ms")
 
 
 def require_root() -> None:
@@ -144,7 +141,8 @@ def main() -> None:
     with link():
         for repeat in range(args.repeats):
             for rate in args.rates:
-                limit(rate)
+                for rank, name in enumerate(NAMESPACES):
+                    limit(name, f"link{rank}", rate)
                 for method in args.methods:
                     readings[method, rate].append(measure(method, workload, how))
                     seconds = max(reading.seconds for reading in readings[method, rate][-1])

@@ -40,7 +40,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.common import markdown_table, publish
-from benchmarks.slow_link import require_root, run
+from benchmarks.slow_link import limit, require_root, run
 from lightning_dgl import DGLStrategy
 
 NAMESPACE = "dgl-soak"
@@ -57,7 +57,6 @@ class Reading(NamedTuple):
 
     seconds: float
     resident_mb: float
-    step: int
 
 
 class Diary(L.Callback):
@@ -76,7 +75,7 @@ class Diary(L.Callback):
             return
         self._latest = now
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        reading = Reading(now, pages * os.sysconf("SC_PAGE_SIZE") / 1e6, trainer.global_step)
+        reading = Reading(now, pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
         with open(self._folder / f"rank{trainer.global_rank}-{os.getpid()}", "a") as file:
             file.write(json.dumps(reading) + "\n")
 
@@ -126,14 +125,6 @@ def namespace(rates: Sequence[str]) -> Iterator[list[str]]:
         yield ["ip", "netns", "exec", NAMESPACE]
     finally:
         subprocess.run(["ip", "netns", "delete", NAMESPACE], capture_output=True, check=False)
-
-
-def limit(rate: str) -> None:
-    """Let the connections between ranks carry ``rate`` together, as tc understands it."""
-    subprocess.run(["tc", "-n", NAMESPACE, "qdisc", "del", "dev", "lo", "root"], capture_output=True, check=False)
-    if rate != "unlimited":
-        bucket = ("rate", rate, "burst", "256kb", "latency", "100ms")
-        run("tc", "-n", NAMESPACE, "qdisc", "add", "dev", "lo", "root", "tbf", *bucket)
 
 
 def train(folder: Path, prefix: Sequence[str], seed: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -194,7 +185,7 @@ class Soak:
                     self.events["killed"] += 1
                     self._look_at_checkpoint()
             elif rates and chance.random() < 0.4:
-                limit(chance.choice(rates))
+                limit(NAMESPACE, "lo", chance.choice(rates))  # of all connections between ranks together
                 self.events["rates changed"] += 1
             elif self._signal(rank := chance.randrange(NUM_RANKS), signal.SIGSTOP):
                 seconds = chance.uniform(1, 10)

@@ -11,7 +11,7 @@ the weights are copied again: at the start of a validation and at the end of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -41,15 +41,12 @@ class OtherBlocks:
         if self.are_hidden or not self._stage.is_split:
             return
         self.are_hidden = True
-        for j, ranks in enumerate(self._stage.ranks_of_blocks()):
-            why = (
-                f"Block {j} is trained on rank {ranks[0]}; here, on a rank with blocks {list(self._stage.blocks)}, its "
-                "weights and gradients are out of date. Read them at the start or the end of a validation or at the "
-                "end of an epoch, when all ranks have the weights of all blocks; call trainer.strategy.sync_blocks() "
-                "on every rank first; or read only this rank's: module.block_parameters(j) for j in module.run.stage."
-                "blocks."
-            )
-            hide(self._foreign(j), why)
+        self._hide(
+            f"Block {{block}} is trained on rank {{rank}}; here, on a rank with blocks {list(self._stage.blocks)}, its "
+            "weights and gradients are out of date. Read them at the start or the end of a validation or at the end of "
+            "an epoch, when all ranks have the weights of all blocks; call trainer.strategy.sync_blocks() on every "
+            "rank first; or read only this rank's: module.block_parameters(j) for j in module.run.stage.blocks."
+        )
 
     def copy(self) -> None:
         """Copy the weights of every block from the rank that trains it; all ranks must call it."""
@@ -67,13 +64,12 @@ class OtherBlocks:
         """Let reading raise for good, unless the copy is the run's own: the ranks that have the weights are gone."""
         if not self.are_hidden:
             return
-        for j, ranks in enumerate(self._stage.ranks_of_blocks()):
-            why = (
-                f"Block {j} was trained on rank {ranks[0]}, and its weights are lost, because the run failed: this "
-                "rank has old ones. Load the last checkpoint, into a new module (DGLModule.load_from_checkpoint, or "
-                "trainer.fit(..., ckpt_path='last')) or into this one (load_state_dict)."
-            )
-            hide(self._foreign(j), why, until_written=True)
+        self._hide(
+            "Block {block} was trained on rank {rank}, and its weights are lost, because the run failed: this rank has "
+            "old ones. Load the last checkpoint, into a new module (DGLModule.load_from_checkpoint, or "
+            "trainer.fit(..., ckpt_path='last')) or into this one (load_state_dict).",
+            until_written=True,
+        )
         self.are_hidden = False
 
     def show(self) -> None:
@@ -81,7 +77,9 @@ class OtherBlocks:
         for j in range(self._num_blocks):
             show(self._tensors_of(j))
 
-    def _foreign(self, block: int) -> Iterator[Tensor]:
-        """Yield what no block of this rank holds, too."""
+    def _hide(self, why: str, until_written: bool = False) -> None:
+        """Hide what no block of this rank holds, too; ``why`` has places for a block and the rank that trains it."""
         own = {id(tensor) for j in self._stage.blocks for tensor in self._tensors_of(j)}
-        return (tensor for tensor in self._tensors_of(block) if id(tensor) not in own)
+        for j, ranks in enumerate(self._stage.ranks_of_blocks()):
+            tensors = (tensor for tensor in self._tensors_of(j) if id(tensor) not in own)
+            hide(tensors, why.format(block=j, rank=ranks[0]), until_written)

@@ -93,8 +93,11 @@ def keep(checkpoint: Path) -> ModelCheckpoint:
 
 def make_callbacks(loggers: Sequence[Logger], module: L.LightningModule) -> list[L.Callback]:
     """Keep the last state, and watch learning rates and blocks."""
-    checkpoint = ModelCheckpoint(Path(str(loggers[0].log_dir)) / "checkpoints", filename="last")
-    return [checkpoint, LearningRateMonitor("epoch"), *([BlockMonitor()] if isinstance(module, DGLModule) else [])]
+    return [
+        keep(Path(str(loggers[0].log_dir)) / "checkpoints" / "last.ckpt"),
+        LearningRateMonitor("epoch"),
+        *([BlockMonitor()] if isinstance(module, DGLModule) else []),
+    ]
 
 
 def finish(trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -144,7 +144,6 @@ class _Tracer(fx.Tracer):
         self._mode = mode
         self._whole = whole
         self._traced_by_mode: set[str] = set()
-        self._modes_read: set[str] = set()
         self._paths = {module: path for path, module in twin.named_modules()}
         self._originals = {module: path for path, module in network.named_modules()}
         self._values: dict[int, Values] = {}
@@ -192,7 +191,6 @@ class _Tracer(fx.Tracer):
             raise Opaque("reads `self.training`")
         if self._mode is None:
             raise ReadsMode
-        self._modes_read.add(path)
         return self._mode_of(path)
 
     def _mode_of(self, path: str) -> bool:
@@ -205,8 +203,8 @@ class _Tracer(fx.Tracer):
         for reader, path, name in sorted(reads):
             value = setting(modules[path], name)
             if name == "training":
-                was_read = path in self._traced_by_mode | self._modes_read
-                value = freeze(self._mode_of(path)) if was_read and self._mode is not None else None
+                may_read = self._mode is not None and self._traced_by_mode & {path, reader}
+                value = freeze(self._mode_of(path)) if may_read else None
             if value is not None:
                 settings.setdefault(reader, {})[path, name] = value
         return settings
