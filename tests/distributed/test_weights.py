@@ -70,6 +70,16 @@ def test_ranks_are_spawned(launch: Launch) -> None:
     assert_same_outcome(run(2), run(1))
 
 
+def test_augmented_heads_are_those_of_one_process(launch: Launch) -> None:
+    def run(num_ranks: int) -> Run:
+        data = (loader(38, shuffle=True), loader(20))
+        return launch(num_ranks, lambda trainer: fit(trainer, dropout_module(head="augmented"), data), max_epochs=1)
+
+    one, two = run(1), run(2)
+    assert any(".units." in name for name in two.result.state_dict())
+    assert_same_outcome(two, one)
+
+
 class Unlike(L.Callback):
     """Gives every rank but the first other weights, and another random state."""
 
