@@ -79,11 +79,11 @@ class Workload:
             module = DGLModule(self.make_network(), **cuts, example_input=example, optimizer=sgd, balance=balance)  # type: ignore[arg-type]
         return module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
-    def balanced(self) -> Workload:
-        """Return the workload with cuts that balance the blocks: by measured time, in its precision and layout."""
+    def balanced(self, balance: str = "time") -> Workload:
+        """Return the workload with cuts that balance the blocks: by what is measured in its precision and layout."""
         if self.network == "equal":
             return replace(self, split_at=tuple(str(j) for j in range(self.blocks - 1)))
-        (cuts,) = in_processes(1, 1, _cuts_by_time, self)
+        (cuts,) = in_processes(1, 1, _cuts, self, balance)
         return replace(self, split_at=cuts)
 
     def images(self, num_steps: int, batches_a_step: int = 1) -> DataLoader[tuple[Tensor, ...]]:
@@ -101,8 +101,8 @@ class Workload:
         return f"{name}{cuts}, {self.image_size}×{self.image_size}, {self.precision}{layout}, batch {self.batch_size}"
 
 
-def _cuts_by_time(_: int, workload: Workload) -> tuple[str, ...]:
-    return tuple(point.name for point in workload.make_module(balance="time").split_points)
+def _cuts(_: int, workload: Workload, balance: str) -> tuple[str, ...]:
+    return tuple(point.name for point in workload.make_module(balance).split_points)
 
 
 def equal_blocks(num_blocks: int, channels: int) -> nn.Sequential:

@@ -25,8 +25,8 @@ def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
     """
     num_samples, num_groups, _, positions = x.shape
     on_cpu = x.device.type == "cpu"
-    # How many scores at once: as many as stay in a core's cache, or keep an accelerator busy.
-    chunk = max(1, (2**18 if on_cpu else 2**24) // len(codebook))
+    # How many vectors at once: for a core eight times what stays in its cache, or what keeps an accelerator busy.
+    chunk = 8 * _at_once(codebook) if on_cpu else max(1, 2**24 // len(codebook))
     # |x - c|² is least where x · c - |c|² / 2 is largest: one product, with a constant 1 appended to x.
     augmented = torch.cat([codebook, -0.5 * codebook.square().sum(1, keepdim=True)], dim=1)
     search = _GridSearch(augmented) if on_cpu else _search_by_argmax(augmented)
@@ -98,6 +98,8 @@ class _GridSearch:
         rows, columns = torch.arange(self._num_rows), torch.arange(side)
         numbers = [torch.cat([rows, 0 * columns]), torch.cat([0 * rows, columns]), torch.cat([rows, columns]) * 0 + 1]
         self._numbers = torch.stack(numbers).float()
+        self._at_once = _at_once(augmented)
+        self._scores = torch.empty(len(self._augmented) * self._at_once)
         self._num_vectors = -1
 
     def _reserve(self, num_vectors: int) -> None:
@@ -105,24 +107,32 @@ class _GridSearch:
             return
         self._num_vectors = num_vectors
         self._vectors = torch.ones(self._augmented.shape[1], num_vectors)
-        self._scores = torch.empty(len(self._augmented), num_vectors)
         self._largest = torch.empty(self._num_rows + self._num_columns, num_vectors)
         self._marks = torch.empty_like(self._largest)
 
     def __call__(self, part: Tensor) -> Tensor:
         self._reserve(part[0].numel())
         self._vectors[:-1].view(part.shape).copy_(part)
-        grid = torch.mm(self._augmented, self._vectors, out=self._scores).view(self._num_rows, self._num_columns, -1)
         of_rows, of_columns = self._largest[: self._num_rows], self._largest[self._num_rows :]
-        torch.amax(grid, 1, out=of_rows)
-        torch.amax(grid, 0, out=of_columns)
+        for first in range(0, self._num_vectors, self._at_once):
+            few = slice(first, first + self._at_once)
+            vectors = self._vectors[:, few]
+            scores = self._scores[: len(self._augmented) * vectors.shape[1]].view(len(self._augmented), -1)
+            grid = torch.mm(self._augmented, vectors, out=scores).view(self._num_rows, self._num_columns, -1)
+            torch.amax(grid, 1, out=of_rows[:, few])
+            torch.amax(grid, 0, out=of_columns[:, few])
         torch.eq(self._largest, of_rows.amax(0), out=self._marks)
         row, column, how_many = self._numbers @ self._marks
         found = row * self._num_columns + column
         if how_many.max() > 2:
             unclear = how_many > 2
-            found[unclear] = self._scores[:, unclear].argmax(0).float()
+            found[unclear] = (self._augmented @ self._vectors[:, unclear]).argmax(0).float()
         return found
+
+
+def _at_once(codebook: Tensor) -> int:
+    """Return for how many vectors the scores stay in a core's cache."""
+    return max(1, 2**18 // len(codebook))
 
 
 def nearest_codes_compiled(x: Tensor, codebook: Tensor) -> Tensor:
