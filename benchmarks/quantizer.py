@@ -48,7 +48,9 @@ def plain_search(x: Tensor, codebook: Tensor, chunk: int = 65536) -> Tensor:
     """Return the nearest code of every vector, by a product and argmax."""
     samples, channels, height, width = x.shape
     code_dim = codebook.shape[1]
-    grouped = x.float().reshape(samples, channels // code_dim, code_dim, height * width).transpose(2, 3).reshape(-1, code_dim)
+    grouped = (
+        x.float().reshape(samples, channels // code_dim, code_dim, height * width).transpose(2, 3).reshape(-1, code_dim)
+    )
     bias = -0.5 * codebook.square().sum(1)
     codes = [torch.addmm(bias, part, codebook.T).argmax(1).to(torch.uint8) for part in grouped.split(chunk)]
     return torch.cat(codes)

@@ -141,47 +141,39 @@ def nearest_codes_compiled(x: Tensor, codebook: Tensor) -> Tensor:
     torch._dynamo.mark_static(codebook)  # compiled for its shape; the shape of x, which differs by block, may vary
     torch._dynamo.mark_static(bias)
     found = torch.empty(*x.shape[:2], x.shape[3], dtype=_dtype_of_codes(codebook), device=x.device)
-    samples = max(1, 2**19 // (x.shape[1] * x.shape[3]))
+    samples = max(1, 2**17 // (x.shape[1] * x.shape[3]))
     for n in range(0, len(x), samples):
-        part = x[n : n + samples]
-        codes, unclear = _compiled_search()(part, codebook, bias)
-        if unclear.any():
-            vectors = part.movedim(2, -1)[unclear].float()
+        # Once for all codes: in one layout, what is computed at once lies side by side, and in float32.
+        part = x[n : n + samples].contiguous().float()
+        codes = _compiled_search()(part, codebook, bias)
+        if (unclear := codes < 0).any():
+            vectors = part.movedim(2, -1)[unclear]
             codes[unclear] = (vectors @ codebook.T + bias).argmax(1).to(codes.dtype)
         found[n : n + samples] = codes
     return found
 
 
 @cache
-def _compiled_search() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled_search() -> Callable[..., Tensor]:
     # The scores, K times as many as there are vectors, must be computed where they are used, and never stored.
     never = 10**6
     options: dict[str, Any] = dict.fromkeys(
         ("realize_reads_threshold", "realize_opcount_threshold", "realize_acc_reads_threshold"), never
     )
-    return torch.compile(_search_by_packing, fullgraph=True, dynamic=True, options=options)
+    return torch.compile(_search_by_comparing, fullgraph=True, dynamic=True, options=options)
 
 
-def _search_by_packing(x: Tensor, codebook: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the number of the largest score of each vector, and True where that number may be wrong.
+def _search_by_comparing(x: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
+    """Return the number of the largest score of each vector, as a float; -1 where the two passes disagree.
 
-    The lowest bits of each score are replaced by its number, so that one maximum yields both. Where the exact score of
-    the number found is not the largest exact score, two scores differed in these bits only.
+    One pass finds the largest score, another one the number of a score that equals it: this is faster than a pass that
+    keeps both. Scores of both are the same unless a compiler rounds differently in one of them.
     """
-    x = x.float()
-
-    def scores(code: Tensor | tuple[Any, ...], vectors: Tensor) -> Tensor:
-        total = bias[code]
-        for d in range(x.shape[2]):
-            total = total + codebook[:, d][code] * vectors[..., d, :]
-        return total
-
-    mask = (1 << (len(codebook) - 1).bit_length()) - 1
-    of_all = scores((slice(None), None, None, None), x[None])
-    numbers = torch.arange(len(codebook), dtype=torch.int32, device=x.device)[:, None, None, None]
-    packed = ((of_all.view(torch.int32) & ~mask) | numbers).view(torch.float32)
-    found = packed.amax(0).view(torch.int32) & mask
-    return found.to(_dtype_of_codes(codebook)), scores(found, x) != of_all.amax(0)
+    scores = bias[:, None, None, None]
+    for d in range(x.shape[2]):
+        scores = scores + codebook[:, d, None, None, None] * x[None, :, :, d]
+    numbers = torch.arange(len(codebook), dtype=torch.float32, device=x.device)[:, None, None, None]
+    return torch.where(scores == scores.amax(0), numbers, -1.0).amax(0)
 
 
 def _dtype_of_codes(codebook: Tensor) -> torch.dtype:

@@ -57,18 +57,21 @@ def test_codecs_do_the_same_on_any_number_of_ranks(codec: str, num_ranks: int, l
     assert differences(last["lightning_dgl"], expected["lightning_dgl"]) == []
 
 
-def test_links_carry_what_codecs_make(launch: Launch) -> None:
+@pytest.mark.parametrize(("precision", "bytes_each"), [("32-true", 4), ("bf16-mixed", 2)])
+def test_links_carry_what_codecs_make(precision: Any, bytes_each: int, launch: Launch) -> None:
     def sent(codec: Any) -> int:
-        run = launch(
-            2, lambda trainer: fit(trainer, dropout_module(), (loader(40),)), codec=codec, callbacks=[BytesSent()]
-        )
+        def act(trainer: L.Trainer) -> None:
+            fit(trainer, dropout_module(), (loader(40),))
+
+        run = launch(2, act, codec=codec, callbacks=[BytesSent()], precision=precision)
         return int(run.ranks[0]["seen"][0])
 
-    activation, labels, header = 8 * 8 * 64 * 4, 8 * 8, 512
+    values, labels, header = 8 * 8 * 64, 8 * 8, 512
     steps, ends_of_epochs = 2 * 5, 2 * header
-    assert sent(None) == ends_of_epochs + steps * (header + activation + labels)
-    assert sent("half") == ends_of_epochs + steps * (header + activation // 2 + labels)
-    assert sent(VectorQuantizer(16, 4)) == ends_of_epochs + steps * (header + activation // 16 + 16 * 4 * 4 + labels)
+    codebook = 16 * 4 * 4
+    assert sent(None) == ends_of_epochs + steps * (header + bytes_each * values + labels)
+    assert sent("half") == ends_of_epochs + steps * (header + 2 * values + labels)
+    assert sent(VectorQuantizer(16, 4)) == ends_of_epochs + steps * (header + values // 4 + codebook + labels)
 
 
 class Pace(L.Callback):
