@@ -23,11 +23,13 @@ T = TypeVar("T")
 
 # What the processes start with. torch.set_num_threads has the last word on threads. Freed memory is kept for the next
 # step: by default glibc returns every large tensor to the system, and getting its pages back can be a third of a step.
+# Its pages are large ones, where the system has them.
 PROCESS_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 

@@ -27,7 +27,7 @@ threads in a method that waits for nothing, something else was running on the ma
 
 The processes keep freed memory for the next step, as PyTorch does on GPUs. The C library's default returns it to the
 system, which slows down all methods, those with large batches most; to measure with that, put ``MALLOC_MMAP_MAX_=65536
-MALLOC_TRIM_THRESHOLD_=131072 MALLOC_ARENA_MAX=16`` in front of the command.
+MALLOC_TRIM_THRESHOLD_=131072 MALLOC_ARENA_MAX=16 GLIBC_TUNABLES=`` in front of the command.
 """
 
 from __future__ import annotations
