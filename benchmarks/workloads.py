@@ -74,7 +74,8 @@ class Workload:
     def make_module(self, balance: str = "flops") -> DGLModule:
         cuts = {"split_at": list(self.split_at)} if self.split_at else {"num_blocks": self.blocks}
         size = self.image_size
-        example = torch.randn(32 if balance == "time" else 2, 3, size, size)
+        # Times are those of the batches that are trained on: small ones would count the weights for too much.
+        example = torch.randn(self.batch_size if balance == "time" else 2, 3, size, size)
         with self.autocast():
             module = DGLModule(self.make_network(), **cuts, example_input=example, optimizer=sgd, balance=balance)  # type: ignore[arg-type]
         return module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
