@@ -161,7 +161,7 @@ def warn_of_large_heads(network: nn.Module, heads: nn.ModuleList) -> None:
         warnings.warn(
             f"The auxiliary heads together have {of_heads:,} parameters, {of_heads / of_network:.1f} times the "
             f"network's {of_network:,}. head='augmented' makes heads that keep to about half; or make fewer blocks.",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

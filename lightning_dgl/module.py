@@ -122,6 +122,8 @@ class DGLModule(SplitModule):
         example_input = example_batch(network, example_input)
         head, split_at = plain_list(head), plain_list(split_at)
         super().__init__(network, num_blocks, split_at, example_input, balance, head, compile)
+        if self.measured_cuts is not None and "split_at" in self._given:
+            num_blocks, split_at = None, self.measured_cuts  # to be made again with the same blocks
         given: dict[str, Any] = {
             "num_blocks": num_blocks,
             "split_at": split_at,

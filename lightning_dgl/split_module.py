@@ -40,7 +40,25 @@ class SplitModule(WithHyperparameters):
         compile: bool,
     ) -> None:
         super().__init__()
-        num_classes = number_of_classes(network, example_input)
+        self.num_classes = number_of_classes(network, example_input)
+        self.network = network
+        self.run: Run | None = None
+        self._cut(num_blocks, split_at, example_input, balance, head, compile)
+        # Ranks that measure for themselves may cut differently; see cut_at.
+        has_measured = balance == "time" and split_at is None
+        self._arguments_of_cut = (example_input[:2].clone(), head, compile) if has_measured else None
+
+    def _cut(
+        self,
+        num_blocks: int | None,
+        split_at: list[str] | None,
+        example_input: Tensor,
+        balance: str,
+        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory],
+        compile: bool,
+    ) -> None:
+        """Cut the network, and make the heads of its blocks."""
+        network, num_classes = self.network, self.num_classes
         factories = [head_maker(h) for h in head] if isinstance(head, list) else [head_maker(head)]
 
         def make_head(traced: TracedNetwork, point: SplitPoint, j: int | None = None, num_heads: int = 3) -> nn.Module:
@@ -53,8 +71,6 @@ class SplitModule(WithHyperparameters):
         split = split_network(network, num_blocks, split_at, example_input, balance, make_head if factories else None)
         if isinstance(head, list):
             check_length("head", head, len(split.points), "the last block has the network's own classifier")
-        self.num_classes = num_classes
-        self.network = network
         # Not registered: blocks are pieces of the network, and their parameters would be counted and saved twice.
         self.__dict__["blocks"] = split.blocks
         self.split_points = split.points
@@ -79,7 +95,18 @@ class SplitModule(WithHyperparameters):
             for block in split.blocks:
                 block.compile()
         self._unused_parameters = self._parameters_in_no_block()
-        self.run: Run | None = None
+
+    @property
+    def measured_cuts(self) -> list[str] | None:
+        """After which modules the network is cut, if that depends on measured times; else None."""
+        return None if self._arguments_of_cut is None else [point.name for point in self.split_points]
+
+    def cut_at(self, names: list[str]) -> None:
+        """Cut the network where another rank has cut it by measured times, and make new heads."""
+        assert self._arguments_of_cut is not None
+        example_input, head, compile = self._arguments_of_cut
+        with torch.random.fork_rng(devices=[]):  # rank 0, which sends the heads' weights, draws none
+            self._cut(None, names, example_input, "flops", head, compile)
 
     @property
     def num_blocks(self) -> int:

@@ -216,7 +216,13 @@ class DGLStrategy(RankStrategy):
             )
 
     def _check_alike(self) -> list[Process]:
-        """Check that ranks were started alike, before any that differ wait for each other; return where they run."""
+        """Check that ranks were started alike, before any that differ wait for each other; return where they run.
+
+        Where blocks are balanced by measured times, all ranks cut as rank 0 does.
+        """
+        cuts = exchange(self._module.measured_cuts)
+        if cuts[0] is not None and self._module.measured_cuts not in (None, cuts[0]):
+            self._module.cut_at(cuts[0])
         mine = fingerprint(self._module, self._module.block_names, self.schedule, self._codec, self.data_parallel_size)
         everyones = exchange((mine, this_process()))
         check_same([settings for settings, _ in everyones], self.rank_names())

@@ -202,8 +202,7 @@ def check_same(fingerprints: Sequence[dict[str, Any]], names: Sequence[str]) -> 
                 theirs, ours = _first_difference(value, first[what])
                 raise ValueError(
                     f"The ranks were started differently: {what} is {theirs} on {name}, and {ours} on {names[0]}. "
-                    "Start every rank with the same script, arguments and versions (and where blocks are balanced by "
-                    "measured time, pass the outcome as split_at)."
+                    "Start every rank with the same script, arguments and versions."
                 )
 
 

@@ -210,6 +210,18 @@ def test_imagenet_trains_and_logs_every_block(network: str, blocks: str, script:
     shutil.rmtree(tmp_path / "runs")  # a checkpoint of a VGG has a gigabyte
 
 
+def test_imagenet_resumes_with_the_blocks_that_were_balanced_by_time(script: Main, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "pets", parts=(("train", 4), ("val", 2)))
+    arguments = ("--data", str(folder), "--network", "resnet18", "--blocks", "2", "--image-size", "32")
+    small = ("--batch-size", "4", "--limit-batches", "2", "--workers", "0", "--accelerator", "cpu", "--head", "linear")
+    script("imagenet", *arguments, *small, "--balance", "time", "--epochs", "1")
+    (last,) = tmp_path.glob("runs/**/last.ckpt")
+    cuts = torch.load(last, weights_only=True)["hyper_parameters"]["split_at"]
+    resumed = importlib.import_module("imagenet")
+    args = resumed.parse([*arguments, *small, "--balance", "time", "--resume", str(last)])
+    assert [point.name for point in resumed.make_module(2, args).split_points] == cuts
+
+
 def test_imagenet_measures_throughput_without_data(script: Main, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--network", "resnet18", "--blocks", "2", "--image-size", "32", "--batch-size", "2")
     script("imagenet", "--synthetic", "5", *arguments, "--accelerator", "cpu", "--channels-last")

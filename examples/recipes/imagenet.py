@@ -51,7 +51,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", default="dgl", choices=("dgl", "async", "backprop"))
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument(
-        "--balance", default="flops", choices=("flops", "memory", "time"), help="what blocks share equally"
+        "--balance",
+        choices=("flops", "memory", "time"),
+        help="what blocks share equally; default: measured time for several CPU processes, else flops",
     )
     parser.add_argument("--head", default="mlp_sr", choices=("linear", "mlp", "mlp_sr", "cnn", "augmented"))
     add_codec(parser)
@@ -73,7 +75,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     known = torchvision.models.list_models(torchvision.models)
     if args.network not in known:
         parser.error(f"argument --network: must be one of {', '.join(known)}, got {args.network!r}")
+    if args.balance is None:
+        args.balance = "time" if args.devices * args.nodes > 1 and not uses_gpu(args) else "flops"
     return args
+
+
+def uses_gpu(args: argparse.Namespace) -> bool:
+    return args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
 class OneBatch(Dataset[tuple[Tensor, Tensor]]):
@@ -138,20 +146,27 @@ def make_module(num_classes: int, args: argparse.Namespace) -> Module:
         return MultiStepLR(optimizer, args.drops, 0.1)
 
     top = {"acc": 1, "acc5": min(5, num_classes)}
-    module = Module(
-        torchvision.models.get_model(args.network, num_classes=num_classes),
-        num_blocks=1 if args.method == "backprop" else args.blocks,
-        example_input=(2, 3, args.image_size, args.image_size),
-        head=args.head,
-        balance=args.balance,
-        optimizer=sgd,
-        lr_scheduler=drops,
-        compile=args.compile,
-        metrics=MetricCollection({k: MulticlassAccuracy(num_classes, n, "micro") for k, n in top.items()}),
-    )
-    if args.channels_last:
-        module.to(memory_format=torch.channels_last)  # images follow at the first convolution
-    return module
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    network = torchvision.models.get_model(args.network, num_classes=num_classes).to(memory_format=layout)
+    cuts: dict[str, Any] = {"num_blocks": 1 if args.method == "backprop" else args.blocks}
+    measured = args.resume and torch.load(args.resume, weights_only=True)["hyper_parameters"].get("split_at")
+    if measured:  # the blocks of the checkpoint; other times might be measured now
+        cuts = {"split_at": measured}
+    # Times are measured as it trains: with these images a batch, in this precision and layout.
+    images = args.batch_size if args.balance == "time" else 2
+    with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16-mixed"):
+        module = Module(
+            network,
+            **cuts,
+            example_input=(images, 3, args.image_size, args.image_size),
+            head=args.head,
+            balance=args.balance,
+            optimizer=sgd,
+            lr_scheduler=drops,
+            compile=args.compile,
+            metrics=MetricCollection({k: MulticlassAccuracy(num_classes, n, "micro") for k, n in top.items()}),
+        )
+    return module.to(memory_format=layout)  # heads, too; images follow at the first convolution
 
 
 class Throughput(L.Callback):
@@ -191,13 +206,12 @@ def main() -> None:
     is_synthetic = args.synthetic is not None
     name = f"{args.network}-{args.method}-{args.blocks}"
     loggers = [] if is_synthetic else make_loggers(args, name, [args.network, args.method])
-    on_gpu = args.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     trainer = L.Trainer(
         strategy=DGLStrategy("async" if args.method == "async" else "sync", codec=make_codec(args)),
         accelerator=args.accelerator,
         devices=args.devices,
         num_nodes=args.nodes,
-        precision=args.precision or ("16-mixed" if on_gpu else "32-true"),
+        precision=args.precision or ("16-mixed" if uses_gpu(args) else "32-true"),
         max_epochs=1 if is_synthetic else args.epochs,
         limit_train_batches=args.limit_batches,
         limit_val_batches=args.limit_batches,

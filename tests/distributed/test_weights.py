@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lightning_dgl import DGLStrategy
+from lightning_dgl import DGLModule, DGLStrategy
 from tests.distributed.ranks import Launch, Notes, Run, assert_same_outcome, comparable, dropout_module, fit
-from tests.runs import adam, differences, loader, small_data, step_lr, weights
+from tests.runs import adam, differences, loader, small_cnn, small_data, step_lr, weights
 
 NAMES = {
     f"{phase}/{what}{suffix}"
@@ -97,6 +98,29 @@ def test_ranks_that_start_unlike_take_after_rank_0(launch: Launch) -> None:
         )
 
     assert_same_outcome(run(3), run(1))
+
+
+class CutsElsewhere(DGLStrategy):
+    """Lets rank 1 cut the network elsewhere, as if it had measured other times."""
+
+    def setup_environment(self) -> None:
+        assert isinstance(self.lightning_module, DGLModule)
+        if self.local_rank == 1:
+            own = self.lightning_module.measured_cuts
+            self.lightning_module.cut_at(["6" if own == ["2"] else "2"])
+        super().setup_environment()
+
+
+def test_blocks_balanced_by_time_are_those_of_rank_0(launch: Launch) -> None:
+    module = DGLModule(small_cnn(dropout=0.2), 2, example_input=(8, 3, 8, 8), balance="time", optimizer=adam)
+
+    def run(num_ranks: int, **kwargs: Any) -> Run:
+        own = copy.deepcopy(module)
+        return launch(num_ranks, lambda trainer: fit(trainer, own, (loader(), loader(20))), **kwargs)
+
+    two = run(2, strategy=CutsElsewhere(timeout=60, start_method="fork"))
+    assert_same_outcome(two, run(1))
+    assert two.result.measured_cuts == module.measured_cuts
 
 
 # One Trainer after another

@@ -145,6 +145,17 @@ def test_load_from_checkpoint_of_a_subclass_that_hands_on_arguments(
     assert type(loaded.heads[0]) is type(module.heads[0])
 
 
+def test_blocks_balanced_by_time_are_loaded_as_they_were_cut(tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    module = DGLModule(small_cnn(), 2, example_input=(8, 3, 8, 8), balance="time", head="linear")
+    trainer = make_trainer(limit_train_batches=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert module.hparams["split_at"] == module.measured_cuts
+    loaded = DGLModule.load_from_checkpoint(tmp_path / "last.ckpt", network=small_cnn())
+    assert loaded.block_names == module.block_names
+    assert same(weights(loaded), weights(module))
+
+
 def test_a_datamodule_may_have_hyperparameters_of_the_same_name(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     class Data(L.LightningDataModule):
         def __init__(self, balance: bool = True) -> None:
