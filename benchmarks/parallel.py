@@ -87,6 +87,8 @@ class Setup:
             raise SystemExit(f"{name}: backpropagation takes a batch at once here.")
         if match[5] and (kind != "backprop" or ranks == 1):
             raise SystemExit(f"{name}: only backpropagation on 2 ranks sends gradients that a hook could compress.")
+        if match[5] == "powersgd" and warm_up < 2:
+            raise SystemExit(f"{name} compresses from the third step on: pass --warm-up 2 or more.")
         return cls(kind, ranks, threads, workload, steps, warm_up, micro_batches, match[5])
 
     @property

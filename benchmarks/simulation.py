@@ -297,6 +297,31 @@ def _order(stage: int, num_stages: int, num_parts: int) -> list[tuple[str, int]]
 # Beside measurements
 
 
+def block_times(setup: Setup, share: float) -> tuple[list[float], list[float]]:
+    """Return the seconds of each block's step and of its head, as many processes as ranks being busy.
+
+    They are measured as the method takes them: DGL's with what the Trainer adds, a pipeline's on micro-batches.
+    """
+    workload, parts = setup.workload, setup.micro_batches
+    alone = replace(
+        setup,
+        kind="apart",
+        ranks=1,
+        micro_batches=1,
+        workload=replace(workload, batch_size=workload.batch_size // parts),
+    )
+    times = in_processes(setup.ranks, 1, with_share, share, time_blocks, alone, together=False)
+    blocks = [parts * statistics.fmean(statistics.median(own[0][j]) for own in times) for j in range(workload.blocks)]
+    heads = [
+        parts * statistics.fmean(statistics.median(own[1][j]) for own in times) for j in range(workload.blocks - 1)
+    ]
+    if setup.kind != "dgl":
+        return blocks, heads
+    readings = in_processes(setup.ranks, 1, with_share, share, train, alone, together=False)
+    factor = statistics.fmean(own.seconds for own in readings) / setup.steps / sum(blocks)
+    return [factor * own for own in blocks], [factor * own for own in heads]
+
+
 def check(args: argparse.Namespace) -> str:
     """Measure blocks, links and training on this machine, and simulate the same."""
     if args.cores < max(CHECKED) and os.geteuid() != 0:
@@ -313,24 +338,26 @@ def check(args: argparse.Namespace) -> str:
         share = min(1.0, args.cores / num_stages)
         num_bytes = 4 * workload.batch_size * args.channels * 32 * 32
         for _ in range(args.repeats):
-            one = Setup("dgl", 1, 1, workload, args.steps, 3)
-            times = in_processes(num_stages, 1, with_share, share, time_blocks, one, together=False)
-            blocks = [statistics.fmean(statistics.median(own[0][j]) for own in times) for j in range(num_stages)]
-            heads = [statistics.fmean(statistics.median(own[1][j]) for own in times) for j in range(num_stages - 1)]
             link = Link.measure(num_bytes)
-            cluster = Cluster(
-                tuple(link.with_overhead(blocks)),
-                (*heads, 0.0),
-                message_bytes=num_bytes,
-                raw_bytes=num_bytes,
-                link=link,
-                batch_size=workload.batch_size,
-                micro_batches=4,
-            )
+            clusters = {}
+            for method, setup in setups.items():
+                blocks, heads = block_times(setup, share)
+                blocks = link.with_overhead(blocks)
+                if method == "1F1B":  # gradients go the other way
+                    blocks = link.with_overhead(blocks[::-1])[::-1]
+                clusters[method] = Cluster(
+                    tuple(blocks),
+                    (*heads, 0.0),
+                    message_bytes=num_bytes,
+                    raw_bytes=num_bytes,
+                    link=link,
+                    batch_size=workload.batch_size,
+                    micro_batches=setup.micro_batches,
+                )
             for method, setup in setups.items():
                 ranks = in_processes(num_stages, 1, with_share, share, train, setup)
                 speed = setup.steps * workload.batch_size / max(rank.seconds for rank in ranks)
-                predicted = simulate(method, cluster).samples_per_second
+                predicted = simulate(method, clusters[method]).samples_per_second
                 rows.append((method, num_stages, speed, predicted))
                 about = f"{method}, {num_stages} ranks: {speed:.1f} samples/s measured, {predicted:.1f} simulated"
                 print(about, file=sys.stderr, flush=True)
