@@ -27,13 +27,11 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, sgd
-from benchmarks.parallel import PipelineBlock
+from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer
+from benchmarks.parallel import Setup, pipeline_steps
 from benchmarks.workloads import PRECISIONS, Workload
 from lightning_dgl import DGLModule, DGLStrategy
 
@@ -85,17 +83,16 @@ class Meter:
         tiny(torch.randn(4, 3, 8, 8)).sum().backward()
         self._before, self._num_steps = resident(), 0
 
-    def step_done(self, held: list[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def step_done(self, held: list[Tensor], optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self._num_steps += 1
         if self._num_steps == WARM_UP:
             Path("/proc/self/clear_refs").write_text("5")  # begins a new VmHWM
         if self._num_steps == STEPS:
-            parameters = [p for module in held for p in module.parameters()]
             states = [state for optimizer in optimizers for state in optimizer.state.values()]
             self.memory = Memory(
                 resident("VmHWM") - self._before,
-                bytes_of([*parameters, *(buffer for module in held for buffer in module.buffers())]),
-                bytes_of(parameters),
+                bytes_of(held),
+                bytes_of(tensor for tensor in held if isinstance(tensor, nn.Parameter)),
                 bytes_of(value for state in states for value in state.values() if isinstance(value, Tensor)),
             )
 
@@ -105,11 +102,10 @@ class MeterCallback(L.Callback):
         self._meter = meter
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        held: list[nn.Module] = [pl_module]
         if isinstance(pl_module, DGLModule):
-            blocks = pl_module.run.stage.blocks
-            heads = [pl_module.heads[j] for j in blocks if j < len(pl_module.heads)]
-            held = [*(pl_module.blocks[j] for j in blocks), *heads]
+            held = [t for j in pl_module.run.stage.blocks for t in pl_module.block_tensors(j)]
+        else:
+            held = [*pl_module.parameters(), *pl_module.buffers()]
         self._meter.step_done(held, trainer.optimizers)
 
 
@@ -117,7 +113,9 @@ def train(rank: int, method: str, ranks: int, workload: Workload) -> Memory:
     """Train a few steps on this rank."""
     meter = Meter()
     if method == "1F1B":
-        train_pipeline(rank, ranks, workload, meter)
+        setup = Setup("1f1b", ranks, 1, workload, STEPS - WARM_UP, WARM_UP, micro_batches=2 * ranks)
+        for block, optimizer in pipeline_steps(rank, setup):
+            meter.step_done([*block.parameters(), *block.buffers()], [optimizer])
         return meter.memory
     module: L.LightningModule
     strategy: Any
@@ -135,25 +133,6 @@ def train(rank: int, method: str, ranks: int, workload: Workload) -> Memory:
     )
     trainer.fit(module, workload.images(STEPS * (1 if method == "DGL" else ranks)))
     return meter.memory
-
-
-def train_pipeline(rank: int, ranks: int, workload: Workload, meter: Meter) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    block = PipelineBlock(workload, rank)
-    stage = PipelineStage(block, rank, ranks, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, 2 * ranks, loss_fn=nn.functional.cross_entropy)
-    optimizer = sgd(block.parameters())
-    for inputs, targets in workload.images(STEPS):
-        optimizer.zero_grad()
-        if rank == 0:
-            schedule.step(inputs)
-        elif rank == ranks - 1:
-            schedule.step(target=targets, return_outputs=False)
-        else:
-            schedule.step()
-        optimizer.step()
-        meter.step_done([block], [optimizer])
-    dist.destroy_process_group()
 
 
 # The report
@@ -199,7 +178,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="J")
     parser.add_argument("--blocks", type=int, default=4, help="of DGL, on J ranks or fewer")
-    parser.add_argument("--repeats", type=int, help="has no effect: bytes are the same every time")
     parser.add_argument("--output", type=Path, help="file to write the tables to, besides printing them")
     args = parser.parse_args()
     os.environ |= RETURN_MEMORY

@@ -40,6 +40,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,8 @@ class PipelineBlock(nn.Module):
         return output.bfloat16() if self._workload.is_bfloat16 else output
 
 
-def train_pipeline(rank: int, setup: Setup) -> Reading:
+def pipeline_steps(rank: int, setup: Setup) -> Iterator[tuple[PipelineBlock, torch.optim.Optimizer]]:
+    """Train this rank's stage of a pipeline; yield its block and optimizer after each step."""
     dist.init_process_group("gloo", rank=rank, world_size=setup.ranks)
     block = PipelineBlock(setup.workload, rank)
     schedule = PIPELINES[setup.kind](
@@ -235,7 +237,7 @@ def train_pipeline(rank: int, setup: Setup) -> Reading:
         setup.micro_batches,
         loss_fn=nn.functional.cross_entropy,
     )
-    optimizer, watch = sgd(block.parameters()), Stopwatch(setup)
+    optimizer = sgd(block.parameters())
     for inputs, targets in setup.workload.images(setup.num_steps):
         optimizer.zero_grad()
         if rank == 0:
@@ -243,8 +245,14 @@ def train_pipeline(rank: int, setup: Setup) -> Reading:
         else:
             schedule.step(target=targets, return_outputs=False)
         optimizer.step()
-        watch.batch_done()
+        yield block, optimizer
     dist.destroy_process_group()
+
+
+def train_pipeline(rank: int, setup: Setup) -> Reading:
+    watch = Stopwatch(setup)
+    for _ in pipeline_steps(rank, setup):
+        watch.batch_done()
     return watch.total()
 
 

@@ -231,6 +231,10 @@ def _runs(head: nn.Module, traced: TracedNetwork, point: SplitPoint, num_classes
         return False
 
 
+Heads = str | Augmented | HeadFactory | list[str | Augmented | HeadFactory]
+"""What makes the auxiliary heads: one for all blocks, or one for each block but the last."""
+
+
 def head_maker(head: str | HeadFactory | Augmented) -> HeadFactory | Augmented:
     """Return what makes the heads that ``head`` names, or ``head`` itself.
 

@@ -15,13 +15,12 @@ from typing_extensions import Self, override
 
 from lightning_dgl._arguments import check_choice, describe, one_per_block, plain_list, warn_of_unsaved
 from lightning_dgl.address import current_address
-from lightning_dgl.augmented import Augmented
+from lightning_dgl.augmented import Heads
 from lightning_dgl.bookkeeping import KEY, Bookkeeping
 from lightning_dgl.callbacks import BlockSummary
 from lightning_dgl.checks import check_batch, check_loss, check_optimizer, check_sample_size
 from lightning_dgl.distributed import Stage, Token
 from lightning_dgl.evaluation import evaluate, predict
-from lightning_dgl.heads import HeadFactory
 from lightning_dgl.lightning_internals import set_batch_size, skips_backward
 from lightning_dgl.links import make_codecs, make_links
 from lightning_dgl.logs import log_step
@@ -105,7 +104,7 @@ class DGLModule(SplitModule):
         *,
         split_at: list[str] | None = None,
         example_input: Tensor | Sequence[int],
-        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory] = "augmented",
+        head: Heads = "augmented",
         loss: nn.Module | Callable[[Tensor, Tensor], Tensor] | None = None,
         optimizer: OptimizerFactory | list[OptimizerFactory] = sgd,
         lr_scheduler: LRSchedulerFactory | list[LRSchedulerFactory] | None = None,

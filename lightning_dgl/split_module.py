@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from lightning_dgl._arguments import check_length
-from lightning_dgl.augmented import Augmented, head_maker
+from lightning_dgl.augmented import Augmented, Heads, head_maker
 from lightning_dgl.checks import check_head, number_of_classes, part_that_needs_two_samples, warn_of_large_heads
-from lightning_dgl.heads import HeadFactory
 from lightning_dgl.hyperparameters import WithHyperparameters
 from lightning_dgl.metrics import add_vote, ensemble
 from lightning_dgl.optim import BlockParameters
@@ -24,6 +25,14 @@ from lightning_dgl.splitting import (
 )
 
 
+class _HeadsAndInput(NamedTuple):
+    """What blocks are made with, wherever the network is cut."""
+
+    head: Heads
+    example_input: Tensor
+    compile: bool
+
+
 class SplitModule(WithHyperparameters):
     """The half of DGLModule that needs no Trainer; see there for arguments, attributes and errors."""
 
@@ -36,29 +45,22 @@ class SplitModule(WithHyperparameters):
         split_at: list[str] | None,
         example_input: Tensor,
         balance: str,
-        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory],
+        head: Heads,
         compile: bool,
     ) -> None:
         super().__init__()
         self.num_classes = number_of_classes(network, example_input)
         self.network = network
         self.run: Run | None = None
-        self._cut(num_blocks, split_at, example_input, balance, head, compile)
+        self._cut(num_blocks, split_at, balance, _HeadsAndInput(head, example_input, compile))
         # Ranks that measure for themselves may cut differently; see cut_at.
         has_measured = balance == "time" and split_at is None
-        self._arguments_of_cut = (example_input[:2].clone(), head, compile) if has_measured else None
+        self._to_cut_again = _HeadsAndInput(head, example_input[:2].clone(), compile) if has_measured else None
 
-    def _cut(
-        self,
-        num_blocks: int | None,
-        split_at: list[str] | None,
-        example_input: Tensor,
-        balance: str,
-        head: str | Augmented | HeadFactory | list[str | Augmented | HeadFactory],
-        compile: bool,
-    ) -> None:
+    def _cut(self, num_blocks: int | None, split_at: list[str] | None, balance: str, how: _HeadsAndInput) -> None:
         """Cut the network, and make the heads of its blocks."""
         network, num_classes = self.network, self.num_classes
+        head, example_input, compile = how
         factories = [head_maker(h) for h in head] if isinstance(head, list) else [head_maker(head)]
 
         def make_head(traced: TracedNetwork, point: SplitPoint, j: int | None = None, num_heads: int = 3) -> nn.Module:
@@ -99,14 +101,13 @@ class SplitModule(WithHyperparameters):
     @property
     def measured_cuts(self) -> list[str] | None:
         """After which modules the network is cut, if that depends on measured times; else None."""
-        return None if self._arguments_of_cut is None else [point.name for point in self.split_points]
+        return None if self._to_cut_again is None else [point.name for point in self.split_points]
 
     def cut_at(self, names: list[str]) -> None:
         """Cut the network where another rank has cut it by measured times, and make new heads."""
-        assert self._arguments_of_cut is not None
-        example_input, head, compile = self._arguments_of_cut
+        assert self._to_cut_again is not None
         with torch.random.fork_rng(devices=[]):  # rank 0, which sends the heads' weights, draws none
-            self._cut(None, names, example_input, "flops", head, compile)
+            self._cut(None, names, "flops", self._to_cut_again)
 
     @property
     def num_blocks(self) -> int:
