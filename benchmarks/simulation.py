@@ -10,7 +10,8 @@ Time passes in events: a rank computes, a message crosses a link, ranks average 
   one is on its way, ``prefetch`` wait at the receiver); an asynchronous stage goes on with what its replay buffer
   holds, up to ``max_lead`` batches ahead of the newest one, and drops what the next stage is too slow to take.
 - ``1F1B``: the same stages as a pipeline with ``micro_batches``, activations one way and their gradients the other.
-- ``DDP``: the whole network on every rank, gradients averaged over a ring.
+- ``DDP``: the whole network on every rank, gradients averaged over a ring. With as many ranks it takes J times as many
+  images a step as the others; ``DDP, same batch`` takes as many as they do.
 
 With R replicas of every stage, the ranks of a stage average the gradients of its parameters over a ring, in each step.
 A ring of R ranks takes 2 (R - 1) messages of 1 / R of the bytes, one after another.
@@ -36,7 +37,7 @@ from benchmarks.parallel import Setup, time_blocks, train
 from benchmarks.scaling import CHECKED, Link
 from benchmarks.workloads import Workload
 
-METHODS = ("synchronous", "asynchronous", "1F1B", "DDP")
+METHODS = ("synchronous", "asynchronous", "1F1B", "DDP", "DDP, same batch")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Cluster:
     gradient_bytes: tuple[float, ...] = ()
     link: Link = field(default_factory=Link)
     replicas: int = 1
-    batch_size: int = 128
+    batch_size: float = 128
     noise: float = 0.0
     slowness: float = 0.0
     paused: float = 0.0
@@ -159,10 +160,12 @@ class Outcome:
 def simulate(method: str, cluster: Cluster, num_steps: int = 200, seed: int = 0) -> Outcome:
     """Return how fast ``method`` trains; the first tenth of the steps is not counted."""
     draws = random.Random(seed)
-    if method == "DDP":
+    if method.startswith("DDP"):
+        parts = cluster.num_stages if method == "DDP, same batch" else 1
         cluster = replace(
             cluster,
-            block_seconds=(sum(cluster.without_heads()),),
+            batch_size=cluster.batch_size / parts,
+            block_seconds=(sum(cluster.without_heads()) / parts,),
             head_seconds=(),
             gradient_bytes=(sum(cluster.gradient_bytes),),
             replicas=cluster.num_ranks,
@@ -173,6 +176,7 @@ def simulate(method: str, cluster: Cluster, num_steps: int = 200, seed: int = 0)
         "asynchronous": _asynchronous,
         "1F1B": _pipeline,
         "DDP": _synchronous,
+        "DDP, same batch": _synchronous,
     }[method]
     ends = run(cluster, ranks, num_steps)  # of each step, on the last rank that takes it
     counted_from = num_steps // 10
@@ -335,7 +339,8 @@ def check(args: argparse.Namespace) -> str:
             "synchronous": Setup("dgl", num_stages, 1, workload, args.steps, 3),
             "1F1B": Setup("1f1b", num_stages, 1, workload, args.steps, 3, micro_batches=4),
         }
-        share = min(1.0, args.cores / num_stages)
+        # With a fifth of the cores to spare, a rank gets its share whatever the others do.
+        share = 1.0 if num_stages <= args.cores else 0.8 * args.cores / num_stages
         num_bytes = 4 * workload.batch_size * args.channels * 32 * 32
         for _ in range(args.repeats):
             link = Link.measure(num_bytes)
@@ -380,7 +385,8 @@ def home_connections(args: argparse.Namespace) -> tuple[str, dict[str, dict[int,
     """Return a table, and outcomes by method and number of ranks."""
     rows, outcomes = [], {method: dict[int, Outcome]() for method in METHODS}
     blocks = tuple(args.seconds / args.stages for _ in range(args.stages))
-    for replicas in (1, 4, 16, args.ranks // args.stages):
+    most = args.ranks // args.stages
+    for replicas in (*(4**n for n in range(5) if 4**n < most), most):
         cluster = Cluster(
             blocks,
             tuple(args.head_share * seconds for seconds in blocks),
@@ -410,6 +416,9 @@ def draw(outcomes: dict[str, dict[int, Outcome]], path: Path) -> None:
     for method, own in outcomes.items():
         axes.loglog(list(own), [outcome.samples_per_second for outcome in own.values()], marker="o", label=method)
     axes.set(xlabel="ranks", ylabel="samples/s, simulated")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
     axes.legend()
     drawing.savefig(path)

@@ -78,6 +78,7 @@ FOUR_STAGES = Cluster((1.0, 1.0, 1.0, 1.0), gradient_bytes=(0.0,) * 4, batch_siz
         ("asynchronous", 1.0),
         ("1F1B", 8 / (8 + 3)),  # the bubble of four stages with eight micro-batches
         ("DDP", 1.0),  # four batches in the time of four blocks
+        ("DDP, same batch", 1.0),  # one in the time of one
     ],
 )
 def test_simulated_speed_over_free_links(method: str, expected: float) -> None:
