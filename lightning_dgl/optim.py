@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -318,9 +319,20 @@ class BlockLRScheduler:
                 "for none."
             )
         self.reduce_on_plateau = all(plateau)
+        self._has_stepped = False
 
     def step(self, metrics: Mapping[int, Any] | None = None) -> None:
         """Step each block's scheduler; with ReduceLROnPlateau those of the blocks for which there are ``metrics``."""
+        if self._has_stepped:
+            self._step(metrics)
+            return
+        self._has_stepped = True
+        with warnings.catch_warnings():
+            # At its first step a scheduler warns if its optimizer took none, as here for the blocks of other ranks.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self._step(metrics)
+
+    def _step(self, metrics: Mapping[int, Any] | None) -> None:
         for j, scheduler in enumerate(self.schedulers):
             if not isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step()

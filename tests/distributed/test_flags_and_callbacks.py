@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -34,7 +35,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_dgl import BlockSummary, DGLStrategy
 from lightning_dgl.trainer_checks import check_ranks
 from tests.distributed.ranks import Launch, Run, dropout_module, fit
-from tests.runs import MakeTrainer, differences, loader
+from tests.runs import MakeTrainer, differences, loader, step_lr
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +173,16 @@ def test_callbacks_that_change_no_weights(launch: Launch, capfd: pytest.CaptureF
     names = set(log.read_text().splitlines()[0].split(","))
     assert {"train/device/samples_per_sec", "DeviceStatsMonitor.on_train_batch_end/used", "train/loss_block3"} <= names
     assert capfd.readouterr().out.count("MLPSRHead") == 6
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_learning_rates_of_other_ranks_change_without_a_warning(schedule: str, launch: Launch) -> None:
+    def act(trainer: L.Trainer) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Detected call of `lr_scheduler.step")
+            fit(trainer, dropout_module(lr_scheduler=step_lr), (loader(38), loader(20)))
+
+    launch(2, act, strategy=DGLStrategy(schedule, timeout=60, start_method="fork"))
 
 
 @pytest.mark.parametrize(
