@@ -128,10 +128,13 @@ def with_share(rank: int, share: float, work: Callable[..., T], *args: Any) -> T
     """Return what ``work(rank, *args)`` returns while this process gets ``share`` of a core at most.
 
     Below 1 it is limited by a control group, which needs root. So ranks that outnumber the cores are as slow as if each
-    had a slower core to itself: none is faster while another one waits.
+    had a slower core to itself: none is faster while another one waits. Its threads stay on one core, because a control
+    group hands out its time to each core in pieces of 5 ms.
     """
     if share >= 1:
         return work(rank, *args)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
     groups = Path("/sys/fs/cgroup")
     has_v2 = (groups / "cgroup.controllers").exists()
     group = (groups if has_v2 else groups / "cpu") / f"dgl-{os.getpid()}"

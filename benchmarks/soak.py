@@ -12,7 +12,7 @@ taken:
 - every ``--kill-every`` seconds, a rank is killed. Then the last checkpoint must load.
 
 It ends with status 1 if the ranks hang, if torchrun gives up, or if a checkpoint is lost. The slope of the resident
-memory is that of a line through the readings of one rank between two restarts, without their first half minute.
+memory is that of a line through the readings of one rank between two restarts, without their first minute.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.common import markdown_table, publish
 from benchmarks.slow_link import limit, require_root, run
-from lightning_dgl import DGLStrategy
+from lightning_dgl import Asynchronous, DGLStrategy
 
 NAMESPACE = "dgl-soak"
 NUM_RANKS = 3
@@ -80,7 +80,7 @@ class Diary(L.Callback):
             file.write(json.dumps(reading) + "\n")
 
 
-def work(folder: str, seed: int, arguments: Sequence[str]) -> None:
+def work(folder: str, seed: int, max_reuse: int | None, arguments: Sequence[str]) -> None:
     """Train one rank, in a process that torchrun has started."""
     sys.path.insert(0, str(RECIPES))  # the recipes import each other by name
     import cifar10
@@ -92,7 +92,7 @@ def work(folder: str, seed: int, arguments: Sequence[str]) -> None:
     L.seed_everything(seed, verbose=False)
     module = cifar10.make_module(train_images, args)
     trainer = L.Trainer(
-        strategy=DGLStrategy("async", timeout=TIMEOUT),
+        strategy=DGLStrategy(Asynchronous(max_reuse=max_reuse), timeout=TIMEOUT),
         accelerator="cpu",
         devices=NUM_RANKS,
         precision=args.precision,
@@ -127,14 +127,14 @@ def namespace(rates: Sequence[str]) -> Iterator[list[str]]:
         subprocess.run(["ip", "netns", "delete", NAMESPACE], capture_output=True, check=False)
 
 
-def train(folder: Path, prefix: Sequence[str], seed: int, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start torchrun, and it the ranks."""
+def train(folder: Path, prefix: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start torchrun, and it the ranks; ``how`` they :func:`work`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = ["torch.distributed.run", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "100"]
     meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    of_rank = json.dumps({"folder": str(folder), "seed": seed, "arguments": list(arguments)})
+    of_rank = json.dumps({"folder": str(folder), **how})
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", *launcher, *meeting, "-m", "benchmarks.soak", "--work", of_rank],
         env={"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo"},
@@ -247,8 +247,8 @@ def slopes(folder: Path) -> list[tuple[float, float]]:
     found = []
     for path in folder.glob("rank*"):
         readings = [Reading(*json.loads(line)) for line in path.read_text().splitlines()]
-        readings = [reading for reading in readings if reading.seconds - readings[0].seconds > 30]
-        if len(readings) >= 20:
+        readings = [reading for reading in readings if reading.seconds - readings[0].seconds > 60]
+        if len(readings) >= 60:
             minutes, memory = [r.seconds / 60 for r in readings], [r.resident_mb for r in readings]
             found.append((statistics.linear_regression(minutes, memory).slope, statistics.fmean(memory)))
     return found
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0, help="of the training, and of what befalls it")
     parser.add_argument("--kill-every", type=float, default=300, help="seconds")
+    parser.add_argument("--max-reuse", type=int, help="how often a block trains on one batch; default: without bound")
     parser.add_argument(
         "--rates", nargs="*", default=["unlimited", "1gbit", "300mbit", "100mbit"], help="none: links stay as they are"
     )
@@ -277,7 +278,8 @@ def main() -> None:
     with namespace(args.rates) as prefix, TemporaryDirectory() as parent:
         for is_disturbed in (False, True):
             (folder := Path(parent) / str(is_disturbed)).mkdir()
-            soak = Soak(folder, train(folder, prefix, args.seed, arguments))
+            ranks = train(folder, prefix, seed=args.seed, max_reuse=args.max_reuse, arguments=arguments)
+            soak = Soak(folder, ranks)
             try:
                 if is_disturbed:
                     soak.disturb(random.Random(args.seed), args.rates, args.kill_every)
@@ -291,8 +293,11 @@ def main() -> None:
     def row(title: str, show: Any) -> list[str]:
         return [title, *("" if (value := show(outcome)) is None else value for outcome in outcomes)]
 
-    def steepest(outcome: dict[str, Any]) -> str | None:
-        return "; ".join(f"{s:+.1f} of {m:.0f}" for s, m in sorted(outcome["slopes"])[-1:]) or None
+    def slope(outcome: dict[str, Any]) -> str | None:
+        if not outcome["slopes"]:
+            return None
+        of_time, memory = zip(*outcome["slopes"], strict=True)
+        return f"{statistics.median(of_time):+.1f} ({min(of_time):+.1f} to {max(of_time):+.1f}) of {max(memory):.0f}"
 
     rows = [
         row("minutes", lambda o: f"{o['minutes']:.1f}"),
@@ -302,10 +307,12 @@ def main() -> None:
         row("a rank was killed, times", lambda o: str(o.get("killed", 0))),
         row("restarts", lambda o: str(o["restarts"])),
         row("checkpoints that were there then, and loaded", lambda o: str(o.get("checkpoints loaded", 0))),
-        row("resident memory, steepest slope, MB a minute", steepest),
+        row("resident memory, slope in MB a minute", slope),
         row("failure", lambda o: o["failure"]),
     ]
     about = f"four_layers, three asynchronous ranks, {args.epochs} epochs on {Path(args.data).name}, seed {args.seed}"
+    if args.max_reuse:
+        about += f", max_reuse={args.max_reuse}"
     publish(f"{about}.\n\n{markdown_table(['', 'undisturbed', 'disturbed'], rows)}", args.output)
     if any(outcome["failure"] for outcome in outcomes):
         raise SystemExit(1)
