@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import statistics
+import threading
 import time
 import traceback
 import warnings
@@ -106,10 +107,22 @@ def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: An
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with ProcessPoolExecutor(num_ranks, mp_context=context) as pool:
+    with ProcessPoolExecutor(num_ranks, context, initializer=_end_with_parent) as pool:
         meeting_port = port if together and num_ranks > 1 else None
         ranks = [pool.submit(_work, rank, meeting_port, threads, work, *args) for rank in range(num_ranks)]
         return [rank.result() for rank in ranks]
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, however that came about."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _work(rank: int, port: int | None, threads: int, work: Callable[..., T], *args: Any) -> T:

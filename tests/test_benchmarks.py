@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +68,37 @@ def test_a_benchmark_that_fails_is_said_in_the_report_and_by_the_exit_status(
     with pytest.raises(SystemExit, match="1"):
         main.main()
     assert "**Failed** with exit status 1" in (tmp_path / "report.md").read_text()
+
+
+def stay(rank: int, file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_processes_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    code = "import sys; from benchmarks.common import in_processes; from tests.test_benchmarks import stay\n"
+    code += "in_processes(1, 1, stay, sys.argv[1])"
+    benchmark = subprocess.Popen([sys.executable, "-c", code, str(file)], cwd=Path(__file__).parents[1])
+    try:
+        until = time.monotonic() + 100
+        while not (file.exists() and file.read_text()):
+            assert benchmark.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    finally:
+        benchmark.kill()
+    benchmark.wait()
+    pid, until = int(file.read_text()), time.monotonic() + 30
+    while is_running(pid):
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 # The simulation, where the outcome is known
