@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import statistics
 import threading
@@ -111,6 +112,15 @@ def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: An
         meeting_port = port if together and num_ranks > 1 else None
         ranks = [pool.submit(_work, rank, meeting_port, threads, work, *args) for rank in range(num_ranks)]
         return [rank.result() for rank in ranks]
+
+
+def clean_up_when_terminated() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, with what stands after ``finally``."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _end_with_parent() -> None:

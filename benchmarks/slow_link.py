@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import PROCESS_ENVIRONMENT, markdown_table, publish, spread
+from benchmarks.common import PROCESS_ENVIRONMENT, clean_up_when_terminated, markdown_table, publish, spread
 from benchmarks.parallel import Reading, Setup, conditions, how_long, options, train, workload_of
 from benchmarks.workloads import Workload
 from lightning_dgl import VectorQuantizer
@@ -136,6 +136,7 @@ def main() -> None:
         print(json.dumps(vars(work(**json.loads(args.work)))))
         return
     require_root()
+    clean_up_when_terminated()
     workload, how = workload_of(args), how_long(args)
     readings: dict[tuple[str, str], list[list[Reading]]] = {(m, r): [] for m in args.methods for r in args.rates}
     with link():

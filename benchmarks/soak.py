@@ -39,7 +39,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks.common import markdown_table, publish
+from benchmarks.common import clean_up_when_terminated, markdown_table, publish
 from benchmarks.slow_link import limit, require_root, run
 from lightning_dgl import Asynchronous, DGLStrategy
 
@@ -273,6 +273,7 @@ def main() -> None:
         return
     if args.rates:
         require_root()
+    clean_up_when_terminated()
     arguments = ["--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs)]
     outcomes = []
     with namespace(args.rates) as prefix, TemporaryDirectory() as parent:

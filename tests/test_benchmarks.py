@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -99,6 +100,18 @@ def test_processes_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
     while is_running(pid):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_what_a_benchmark_has_made_is_cleaned_up_when_it_is_terminated() -> None:
+    code = "import time; from benchmarks.common import clean_up_when_terminated; clean_up_when_terminated()\n"
+    code += "try: print('ready', flush=True); time.sleep(600)\nfinally: print('cleaned')"
+    root = Path(__file__).parents[1]
+    benchmark = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert benchmark.stdout is not None
+    assert benchmark.stdout.readline() == "ready\n"
+    benchmark.terminate()
+    assert benchmark.communicate(timeout=300)[0] == "cleaned\n"
+    assert benchmark.returncode == 128 + signal.SIGTERM
 
 
 # The simulation, where the outcome is known
