@@ -95,6 +95,22 @@ def quiet_trainer(devices: int = 1, **kwargs: Any) -> L.Trainer:
 # Processes
 
 
+def clean_up_when_terminated() -> None:
+    """Let SIGTERM end this process as Ctrl-C does, with what stands after ``finally``."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: Any, together: bool = True) -> list[T]:
     """Return what ``work(rank, *args)`` returns in ``num_ranks`` fresh processes with ``threads`` intra-op threads.
 
@@ -105,22 +121,10 @@ def in_processes(num_ranks: int, threads: int, work: Callable[..., T], *args: An
         os.environ.setdefault(name, value)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_dgl", "torch.distributed.pipelining"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting_port = free_port() if together and num_ranks > 1 else None
     with ProcessPoolExecutor(num_ranks, context, initializer=_end_with_parent) as pool:
-        meeting_port = port if together and num_ranks > 1 else None
         ranks = [pool.submit(_work, rank, meeting_port, threads, work, *args) for rank in range(num_ranks)]
         return [rank.result() for rank in ranks]
-
-
-def clean_up_when_terminated() -> None:
-    """Let SIGTERM end this process as Ctrl-C does, with what stands after ``finally``."""
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def _end_with_parent() -> None:

@@ -40,7 +40,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-from benchmarks.common import Backpropagation, in_processes, markdown_table, publish, quiet_trainer, sgd, spread
+from benchmarks.common import (
+    Backpropagation,
+    in_processes,
+    markdown_table,
+    publish,
+    quiet_trainer,
+    sgd,
+    spread,
+    with_share,
+)
 from benchmarks.workloads import PRECISIONS, Workload
 from lightning_dgl import DGLStrategy
 from lightning_dgl.splitting import num_parameters
@@ -285,6 +294,20 @@ def time_blocks(rank: int, setup: Setup) -> tuple[list[list[float]], list[list[f
                 loss.backward()
                 of_heads[j].append(time.perf_counter() - began)
     return [seconds[setup.warm_up :] for seconds in of_blocks], [seconds[setup.warm_up :] for seconds in of_heads]
+
+
+def mean_times(setup: Setup, num_processes: int, share: float = 1.0) -> tuple[list[float], list[float]]:
+    """Return the seconds of each block's step and of each head's part, as many processes being busy with them.
+
+    A process gets ``share`` of a core. Times are means over processes of the medians of each.
+    """
+    times = in_processes(num_processes, 1, with_share, share, time_blocks, setup, together=False)
+
+    def mean(of_processes: Iterable[list[list[float]]]) -> list[float]:
+        medians = ([statistics.median(seconds) for seconds in own] for own in of_processes)
+        return [statistics.fmean(own) for own in zip(*medians, strict=True)]
+
+    return mean(blocks for blocks, _ in times), mean(heads for _, heads in times)
 
 
 # The report

@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.common import in_processes, markdown_table, publish, spread
-from benchmarks.parallel import Setup, conditions, how_long, options, time_blocks, train, workload_of
+from benchmarks.parallel import Setup, conditions, how_long, mean_times, options, train, workload_of
 
 CHECKED = (2, 3, 4)
 ON_PAPER = (2, 4, 8, 16, 32, 64)
@@ -51,11 +51,9 @@ class Blocks:
 
     @classmethod
     def measure(cls, setup: Setup, num_processes: int) -> Blocks:
-        """Return the mean over ranks of the median of a rank."""
-        ranks = []
-        for of_blocks, of_heads in in_processes(num_processes, 1, time_blocks, setup):
-            ranks.append([statistics.median(seconds) for seconds in (*of_blocks, of_heads[1])])
-        return cls(*map(statistics.mean, zip(*ranks, strict=True)))
+        """Measure them with ``num_processes`` busy at once."""
+        blocks, heads = mean_times(setup, num_processes)
+        return cls(*blocks, heads[1])
 
     def stages(self, num_stages: int) -> list[float]:
         return [self.first, *[self.inner] * (num_stages - 2), self.last]

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.common import in_processes, markdown_table, publish, spread, with_share
-from benchmarks.parallel import Setup, time_blocks, train
+from benchmarks.parallel import Setup, mean_times, train
 from benchmarks.scaling import CHECKED, Link
 from benchmarks.workloads import Workload
 
@@ -314,15 +314,11 @@ def block_times(setup: Setup, share: float) -> tuple[list[float], list[float]]:
         micro_batches=1,
         workload=replace(workload, batch_size=workload.batch_size // parts),
     )
-    times = in_processes(setup.ranks, 1, with_share, share, time_blocks, alone, together=False)
-    blocks = [parts * statistics.fmean(statistics.median(own[0][j]) for own in times) for j in range(workload.blocks)]
-    heads = [
-        parts * statistics.fmean(statistics.median(own[1][j]) for own in times) for j in range(workload.blocks - 1)
-    ]
-    if setup.kind != "dgl":
-        return blocks, heads
-    readings = in_processes(setup.ranks, 1, with_share, share, train, alone, together=False)
-    factor = statistics.fmean(own.seconds for own in readings) / setup.steps / sum(blocks)
+    blocks, heads = mean_times(alone, setup.ranks, share)
+    factor: float = parts
+    if setup.kind == "dgl":
+        readings = in_processes(setup.ranks, 1, with_share, share, train, alone, together=False)
+        factor = statistics.fmean(own.seconds for own in readings) / setup.steps / sum(blocks)
     return [factor * own for own in blocks], [factor * own for own in heads]
 
 

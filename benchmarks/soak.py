@@ -23,7 +23,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from benchmarks.common import clean_up_when_terminated, markdown_table, publish
+from benchmarks.common import clean_up_when_terminated, free_port, markdown_table, publish
 from benchmarks.slow_link import limit, require_root, run
 from lightning_dgl import Asynchronous, DGLStrategy
 
@@ -128,12 +127,9 @@ def namespace(rates: Sequence[str]) -> Iterator[list[str]]:
 
 
 def train(folder: Path, prefix: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
-    """Start torchrun, and it the ranks; ``how`` they :func:`work`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Start torchrun, which starts the ranks; ``how`` goes to :func:`work`."""
     launcher = ["torch.distributed.run", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "100"]
-    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     of_rank = json.dumps({"folder": str(folder), **how})
     return subprocess.Popen(
         [*prefix, sys.executable, "-m", *launcher, *meeting, "-m", "benchmarks.soak", "--work", of_rank],
