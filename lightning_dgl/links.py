@@ -77,9 +77,8 @@ class Link:
         self.traffic = Traffic()
         self._source = source
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether a block may train on what the link holds."""
+    def is_ready(self, address: Address) -> bool:
+        """Return whether a block has a batch to train on at ``address``; between ranks, wait until that is clear."""
         return True
 
     def put(self, address: Address, tensors: Sequence[Activation]) -> None:
@@ -142,6 +141,10 @@ class DirectLink(Link):
     _held: Sequence[Activation] = ()
 
     @override
+    def is_ready(self, address: Address) -> bool:
+        return len(self._held) > 0  # else the block before has skipped its turn
+
+    @override
     def put(self, address: Address, tensors: Sequence[Activation]) -> None:
         self._held = tensors
 
@@ -160,9 +163,8 @@ class BufferedLink(Link):
         super().__init__(codec, source)
         self.buffer = buffer
 
-    @property
     @override
-    def is_ready(self) -> bool:
+    def is_ready(self, address: Address) -> bool:
         return not self.buffer.is_exhausted
 
     @override
@@ -241,9 +243,13 @@ class ReceivingLink(Link):
         return self._inbox.seconds_waited
 
     @override
+    def is_ready(self, address: Address) -> bool:
+        return not isinstance(self._inbox, ReplayInbox) or self._inbox.await_batch(address)
+
+    @override
     def get(self, address: Address) -> Sequence[Any]:
         if isinstance(self._inbox, ReplayInbox) and address.is_training:
-            return self._inbox.replay(address)
+            return self._inbox.replay()
         return self._inbox.get(address)
 
     @override

@@ -108,8 +108,8 @@ class Asynchronous(Schedule):
     **On several ranks** a stage takes a step whenever it has finished the last one. Its buffer is filled by what it
     receives meanwhile; once there is a first batch it does not wait for the stage before it, unless it is further ahead
     than ``max_lead``. It does not wait for a slow successor either: what that has not taken when newer output is there
-    is dropped. All stages take as many steps an epoch as there are batches, and meet at its end and for validation,
-    which is as with the synchronous schedule. Blocks of one stage step in forward order, one after another.
+    is dropped. All stages take as many steps an epoch as there are batches, or skip some (``max_reuse``), and meet at
+    its end and for validation, which is as with the synchronous schedule. Blocks of one stage step in forward order.
 
     **In one process** this is the paper's simulation of that. Each training step begins with a local step of block 0 on
     a batch of data. Then blocks are drawn, each with a probability proportional to 1 / S, S being its slow-down, and
@@ -125,8 +125,9 @@ class Asynchronous(Schedule):
     Args:
         buffer_size: M, how many batches a block's replay buffer holds.
         max_reuse: how many times a block trains on a batch at most. One whose every batch was used that often skips
-            its turn; on several ranks it waits for the next batch, unless the stage before it is already past this step
-            (some of its batches were dropped or overwritten, and all stages take equally many steps).
+            its turn. On several ranks it first waits for the next batch, unless the stage before it is already past
+            this step (some of its batches were dropped or overwritten); replicas, which take each step together, then
+            use one more often.
         slowdown: S ≥ 1 by block, in one process; other blocks have 1. On several ranks their real speeds decide.
         max_lead: on several ranks, how many batches a stage may be ahead of the one before it, within an epoch; by
             default four times ``buffer_size``. Else a stage that is much faster would train on the epoch's first few
@@ -183,7 +184,7 @@ class Asynchronous(Schedule):
     @override
     def may_read(self, lead: int, is_exhausted: bool) -> bool:
         # The stage before this one may already wait for it at the next place where all ranks meet. So a stage that is
-        # not ahead never waits for another batch, even if those that it has are used up.
+        # not ahead never waits for another batch, even if those that it has are used up: it skips the step.
         return lead <= self.max_lead and (lead <= 0 or not is_exhausted)
 
     @override

@@ -94,7 +94,7 @@ def take_turns(module: Trainable, run: Run, address: Address) -> dict[int, Local
     assert isinstance(optimizer, BlockOptimizer)
     parameters = optimizer.trained_parameters()
     for block in schedule.turns(run.stage.blocks, address.epoch):
-        if schedule.draws_blocks and not run.links[block].is_ready:
+        if not run.links[block].is_ready(address):
             continue  # it has trained on everything in its replay buffer as often as it may
         if block in steps:
             _update(module, run, block, steps.pop(block))
@@ -103,6 +103,8 @@ def take_turns(module: Trainable, run: Run, address: Address) -> dict[int, Local
             _pass_on(module, run, block, address)
         else:
             steps[block] = _local_step(module, trainer, run, block, address, parameters[block])
+    if not steps and not run.stage.is_first:
+        set_batch_size(trainer, 1)  # a stage that skips a step has no batch, but hooks may log values
     _settle_nonfinite(module, run, steps)
     run.stepped = list(steps)
     return steps

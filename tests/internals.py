@@ -100,7 +100,7 @@ def turns_of(schedule: Asynchronous, num_blocks: int, num_batches: int, seed: in
         address = Address("train", 0, 0, i, i)
         links[0].put(address, (batch, batch))
         for block in schedule.turns(blocks, 0):
-            if links[block].is_ready:
+            if links[block].is_ready(address):
                 links[block + 1].send(address, *links[block].receive(address))
                 steps[block] += 1
     return steps, links

@@ -90,7 +90,11 @@ def open_wires(
     ends: Ends = {"inbox": None, "outbox": None}
     if topology.previous is not None:
         wire = (groups.wires[topology.previous, topology.rank], topology.previous, device, prefetch, stage.watchdog)
-        ends["inbox"] = Inbox(*wire) if buffer is None else ReplayInbox(*wire, buffer=buffer, may_read=may_read)
+        if buffer is None:
+            ends["inbox"] = Inbox(*wire)
+        else:
+            may_skip = not stage.is_replicated
+            ends["inbox"] = ReplayInbox(*wire, buffer=buffer, may_read=may_read, may_skip=may_skip)
     if topology.next is not None:
         ends["outbox"] = Outbox(groups.wires[topology.rank, topology.next], topology.next, device, 1, stage.watchdog)
     return ends

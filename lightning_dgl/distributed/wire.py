@@ -8,7 +8,7 @@ wire has a process group of two ranks: groups deliver in order, and only within 
     rank r, main thread      Outbox thread              Inbox thread             rank r + 1, main thread
     put(address, tensors) -> queue of 1 -> header ----> header                -> queue of `prefetch` -> get(address)
                                            tensor ----> tensor                or
-                                           ...          ...                      replay buffer       -> replay(address)
+                                           ...          ...                      replay buffer       -> replay()
     close()               -> None       -> CLOSE -----> CLOSE                 -> None                -> close()
 """
 
@@ -276,11 +276,15 @@ class ReplayInbox(Inbox):
         arguments: those of :class:`Inbox`.
         buffer: where training parcels go.
         may_read: the pace, see :meth:`lightning_dgl.Schedule.may_read`.
+        may_skip: skip a step rather than train on used-up batches; not for replicas, which take each step together.
     """
 
-    def __init__(self, *arguments: Any, buffer: ReplayBuffer, may_read: Callable[[int, bool], bool]) -> None:
+    def __init__(
+        self, *arguments: Any, buffer: ReplayBuffer, may_read: Callable[[int, bool], bool], may_skip: bool = True
+    ) -> None:
         self.buffer = buffer
         self._may_read = may_read
+        self._may_skip = may_skip
         self._newest: Address | None = None
         self._mark: Address | None = None  # the newest that has arrived, until it is taken
         self._is_closed = False
@@ -294,41 +298,49 @@ class ReplayInbox(Inbox):
             self._mark = None
         return tensors
 
-    def replay(self, address: Address) -> Sequence[Any]:
-        """Return a buffered batch to train on at ``address``; wait for the first one, and while too far ahead.
+    def await_batch(self, address: Address) -> bool:
+        """Wait for the first batch, and while too far ahead; return whether to train at ``address``, or skip the step.
+
+        A step is skipped if the buffer is used up and the sender is already past it, so that no batch may follow.
 
         Raises:
             RankFailedError: if the sender fails, or keeps this stage waiting for as long as the strategy's timeout.
             ValueError: if the batches that arrive are of different shapes.
         """
-        read: list[Sequence[Any]] = []
 
-        def can_read() -> bool:
+        def may_go_on() -> bool:
             with self._arrival:
-                if not self._is_ready(address):
+                if not self._is_due(address):
                     if self._is_closed:
                         raise _finished_before()
                     if self._mark is not None:
                         self.get(address)  # raises: the sender is somewhere else
                     self._arrival.wait(self._watchdog.interval)
-                if self._is_ready(address):
-                    read.append(self.buffer.get(beyond_max_reuse=True))
-            return bool(read)
+                return self._is_due(address)
 
-        self.seconds_waited += self._watchdog.wait_until(can_read, self._peer, "to send another batch")
-        return self._usable(read[0])
+        self.seconds_waited += self._watchdog.wait_until(may_go_on, self._peer, "to send another batch")
+        return not (self._may_skip and self.buffer.is_exhausted)
 
-    def _is_ready(self, address: Address) -> bool:
+    def replay(self) -> Sequence[Any]:
+        """Return a buffered batch to train on."""
+        with self._arrival:
+            return self._usable(self.buffer.get(beyond_max_reuse=not self._may_skip))
+
+    def _is_due(self, address: Address) -> bool:
         if self._newest is None:
             return False
-        reached = self._newest.batch_idx if self._newest.epoch == address.epoch else -1
+        # A sender that has skipped its last steps is as far as its mark says.
+        places = [place for place in (self._newest, self._mark) if place is not None and place.epoch == address.epoch]
+        reached = max((place.batch_idx for place in places), default=-1)
         return self._may_read(address.batch_idx - reached, self.buffer.is_exhausted)
 
     @override
     def _deliver(self, parcel: Parcel | None) -> bool:
         if parcel is None or not parcel.address.is_training:
             if parcel is not None and parcel.address.is_mark:
-                self._mark = parcel.address
+                with self._arrival:
+                    self._mark = parcel.address
+                    self._arrival.notify_all()
             return super()._deliver(parcel)
         with self._arrival:
             activation, targets = parcel.tensors

@@ -182,13 +182,37 @@ def test_a_stage_whose_batches_are_used_up_waits_for_another(job: Job) -> None:
     assert_all_agree(job.wait())
 
 
-def test_a_late_stage_takes_used_up_batches_rather_than_wait_for_ever(job: Job) -> None:
-    # When it goes on, the stage before it has sent its last batch, and waits for it.
-    start(job, 2, Asynchronous(buffer_size=2, max_reuse=1), hold=(1, 5))
-    wait_until(job, lambda: steps(job, 0) == BATCHES, "the last step of rank 0")
+class LogInEveryStep(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        pl_module.log("step", float(trainer.global_step), on_step=False, on_epoch=True, rank_zero_only=True)
+
+
+@pytest.mark.parametrize("val_check_interval", [1.0, 0.5])
+def test_a_late_stage_skips_steps_rather_than_use_a_batch_too_often(val_check_interval: float, job: Job) -> None:
+    # When rank 1 goes on, rank 0 has sent its last batch, and waits for it; rank 2 still waits for the next one.
+    schedule, meets_at = Asynchronous(buffer_size=3, max_reuse=1), int(val_check_interval * BATCHES)
+    options: dict[str, Any] = {"val_check_interval": val_check_interval, "callbacks": [LogInEveryStep()]}
+    start(job, 3, schedule, hold=(1, 5), max_epochs=2, **options)
+    wait_until(job, lambda: steps(job, 0) == meets_at, "the step of rank 0 before the validation")
     (job.folder / "go").touch()
     assert_all_agree(job.wait())
-    assert [end["updates"] for end in ends(job)] == [[BATCHES] * 2] * 2
+    first, second, third = ends(job)
+    assert first["updates"] == [2 * BATCHES] * 2
+    # 6 at most before it is held, one on its way, 3 in the buffer, and all that follow
+    assert 5 < second["updates"][0] <= 10 + 2 * BATCHES - meets_at
+    assert 0 < third["updates"][0] <= second["updates"][0]
+    for end in (second, third):
+        assert end["reads"]["count"] == end["updates"][0]
+        assert end["reads"]["total_uses"] == 0  # each batch was used once
+
+
+def test_late_replicas_take_used_up_batches(job: Job) -> None:
+    # They average gradients in every step, so they take each step together.
+    start(job, 4, Asynchronous(buffer_size=2, max_reuse=1), data_parallel_size=2, hold=(3, 5))
+    wait_until(job, lambda: steps(job, 0) == BATCHES // 2, "the last step of rank 0")
+    (job.folder / "go").touch()
+    assert_all_agree(job.wait())
+    assert [end["updates"] for end in ends(job)] == [[BATCHES // 2] * 2] * 4
 
 
 def test_replicas_of_asynchronous_stages(job: Job) -> None:

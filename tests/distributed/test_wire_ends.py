@@ -223,7 +223,7 @@ def test_batches_that_do_not_fit_into_a_replay_buffer_are_an_error_of_this_rank(
     for address, size in zip(HERE[:2], (3, 4), strict=True):
         outbox.put(address, (torch.zeros(2, size), torch.zeros(2)))
     with pytest.raises(ValueError, match="shape"):
-        inbox.replay(HERE[1])
+        inbox.await_batch(HERE[1])
     assert str(own.failure).startswith("Rank 0 failed; ")
 
 
