@@ -91,7 +91,7 @@ def work(folder: str, seed: int, max_reuse: int | None, arguments: Sequence[str]
     L.seed_everything(seed, verbose=False)
     module = cifar10.make_module(train_images, args)
     trainer = L.Trainer(
-        strategy=DGLStrategy(Asynchronous(max_reuse=max_reuse), timeout=TIMEOUT),
+        strategy=DGLStrategy(Asynchronous(max_reuse=max_reuse), codec=cifar10.make_codec(args), timeout=TIMEOUT),
         accelerator="cpu",
         devices=NUM_RANKS,
         precision=args.precision,
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training, and of what befalls it")
     parser.add_argument("--kill-every", type=float, default=300, help="seconds")
     parser.add_argument("--max-reuse", type=int, help="how often a block trains on one batch; default: without bound")
+    parser.add_argument("--codec", default="raw", help="raw, half or 256x8, as of cifar10.py")
     parser.add_argument(
         "--rates", nargs="*", default=["unlimited", "1gbit", "300mbit", "100mbit"], help="none: links stay as they are"
     )
@@ -270,7 +271,7 @@ def main() -> None:
     if args.rates:
         require_root()
     clean_up_when_terminated()
-    arguments = ["--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs)]
+    arguments = ["--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs), "--codec", args.codec]
     outcomes = []
     with namespace(args.rates) as prefix, TemporaryDirectory() as parent:
         for is_disturbed in (False, True):
@@ -310,6 +311,8 @@ def main() -> None:
     about = f"four_layers, three asynchronous ranks, {args.epochs} epochs on {Path(args.data).name}, seed {args.seed}"
     if args.max_reuse:
         about += f", max_reuse={args.max_reuse}"
+    if args.codec != "raw":
+        about += f", codec {args.codec}"
     publish(f"{about}.\n\n{markdown_table(['', 'undisturbed', 'disturbed'], rows)}", args.output)
     if any(outcome["failure"] for outcome in outcomes):
         raise SystemExit(1)
