@@ -319,7 +319,8 @@ class ReplayInbox(Inbox):
                 return self._is_due(address)
 
         self.seconds_waited += self._watchdog.wait_until(may_go_on, self._peer, "to send another batch")
-        return not (self._may_skip and self.buffer.is_exhausted)
+        with self._arrival:
+            return not (self._may_skip and self.buffer.is_exhausted)
 
     def replay(self) -> Sequence[Any]:
         """Return a buffered batch to train on."""
