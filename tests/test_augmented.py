@@ -196,6 +196,19 @@ def test_training_is_a_plain_loop_s(make_trainer: MakeTrainer) -> None:
     assert differences(weights(module), weights(plain)) == []
 
 
+def test_copies_of_all_that_follows_are_backpropagation(make_trainer: MakeTrainer) -> None:
+    """A copy takes the same steps as what it copies, so every block gets the gradients of the whole network."""
+    module = make_module(head=Augmented(depth=100, pool=1, taper=0), seed=0)
+    network = copy.deepcopy(module.network).train()
+    make_trainer().fit(module, loader())
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, 0.9, weight_decay=1e-3)
+    for x, y in loader():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(x), y).backward()
+        optimizer.step()
+    assert differences(weights(module.network), weights(network)) == []
+
+
 @pytest.mark.parametrize("strategy", [{"schedule": "async"}, {"schedule": "sequential"}, {"codec": "half"}])
 def test_every_schedule_and_codec_trains_them(make_trainer: MakeTrainer, strategy: dict[str, Any]) -> None:
     module = make_module(head="augmented", seed=0)
