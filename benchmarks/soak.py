@@ -40,6 +40,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from benchmarks.common import clean_up_when_terminated, free_port, markdown_table, publish
 from benchmarks.slow_link import limit, require_root, run
+from examples.recipes.recipe import add_codec, make_codec
 from lightning_dgl import Asynchronous, DGLStrategy
 
 NAMESPACE = "dgl-soak"
@@ -79,37 +80,43 @@ class Diary(L.Callback):
             file.write(json.dumps(reading) + "\n")
 
 
-def work(folder: str, seed: int, max_reuse: int | None, arguments: Sequence[str]) -> None:
+def make_strategy(args: argparse.Namespace) -> DGLStrategy:
+    return DGLStrategy(Asynchronous(max_reuse=args.max_reuse), codec=make_codec(args), timeout=TIMEOUT)
+
+
+def work(args: argparse.Namespace) -> None:
     """Train one rank, in a process that torchrun has started."""
     sys.path.insert(0, str(RECIPES))  # the recipes import each other by name
     import cifar10
 
     torch.set_num_threads(1)
     cifar10.be_quiet()
-    args = cifar10.parse(["--recipe", "modern", "--network", "four_layers", "--seed", str(seed), *arguments])
-    train_images, test_images = cifar10.load_images(args)
-    L.seed_everything(seed, verbose=False)
-    module = cifar10.make_module(train_images, args)
+    of_run = ["--seed", str(args.seed), "--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs)]
+    recipe = cifar10.parse(["--recipe", "modern", "--network", "four_layers", *of_run])
+    train_images, test_images = cifar10.load_images(recipe)
+    L.seed_everything(args.seed, verbose=False)
+    module = cifar10.make_module(train_images, recipe)
+    folder: Path = args.work
     trainer = L.Trainer(
-        strategy=DGLStrategy(Asynchronous(max_reuse=max_reuse), codec=cifar10.make_codec(args), timeout=TIMEOUT),
+        strategy=make_strategy(args),
         accelerator="cpu",
         devices=NUM_RANKS,
-        precision=args.precision,
-        max_epochs=args.epochs,
+        precision=recipe.precision,
+        max_epochs=recipe.epochs,
         logger=False,
-        callbacks=[Diary(Path(folder)), ModelCheckpoint(folder, save_last=True)],
+        callbacks=[Diary(folder), ModelCheckpoint(folder, save_last=True)],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    last = Path(folder) / "last.ckpt"
+    last = folder / "last.ckpt"
     trainer.fit(
-        module, cifar10.batches(train_images, args.batch_size, train=True), ckpt_path=last if last.exists() else None
+        module, cifar10.batches(train_images, recipe.batch_size, train=True), ckpt_path=last if last.exists() else None
     )
     trainer.test(module, cifar10.batches(test_images, 500), verbose=False)
     if trainer.is_global_zero:
         accuracy = 100 * trainer.callback_metrics["test/acc"].item()
-        (Path(folder) / "outcome").write_text(json.dumps({"accuracy": accuracy}))
+        (folder / "outcome").write_text(json.dumps({"accuracy": accuracy}))
 
 
 @contextmanager
@@ -126,13 +133,13 @@ def namespace(rates: Sequence[str]) -> Iterator[list[str]]:
         subprocess.run(["ip", "netns", "delete", NAMESPACE], capture_output=True, check=False)
 
 
-def train(folder: Path, prefix: Sequence[str], **how: Any) -> subprocess.Popen[bytes]:
-    """Start torchrun, which starts the ranks; ``how`` goes to :func:`work`."""
+def train(folder: Path, prefix: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start torchrun, which starts the ranks with the arguments of this process."""
     launcher = ["torch.distributed.run", "--nproc-per-node", str(NUM_RANKS), "--max-restarts", "100"]
     meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    of_rank = json.dumps({"folder": str(folder), **how})
+    of_rank = [*sys.argv[1:], "--work", str(folder)]
     return subprocess.Popen(
-        [*prefix, sys.executable, "-m", *launcher, *meeting, "-m", "benchmarks.soak", "--work", of_rank],
+        [*prefix, sys.executable, "-m", *launcher, *meeting, "-m", "benchmarks.soak", *of_rank],
         env={"OMP_NUM_THREADS": "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo"},
         stdout=sys.stderr,
     )
@@ -258,25 +265,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training, and of what befalls it")
     parser.add_argument("--kill-every", type=float, default=300, help="seconds")
     parser.add_argument("--max-reuse", type=int, help="how often a block trains on one batch; default: without bound")
-    parser.add_argument("--codec", default="raw", help="raw, half or 256x8, as of cifar10.py")
+    add_codec(parser)
     parser.add_argument(
         "--rates", nargs="*", default=["unlimited", "1gbit", "300mbit", "100mbit"], help="none: links stay as they are"
     )
     parser.add_argument("--output", type=Path, help="file to write the table to, besides printing it")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        work(**json.loads(args.work))
+        work(args)
         return
+    try:
+        make_strategy(args)  # torchrun would start ranks that refuse their arguments again and again
+    except ValueError as error:
+        parser.error(str(error))
     if args.rates:
         require_root()
     clean_up_when_terminated()
-    arguments = ["--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs), "--codec", args.codec]
     outcomes = []
     with namespace(args.rates) as prefix, TemporaryDirectory() as parent:
         for is_disturbed in (False, True):
             (folder := Path(parent) / str(is_disturbed)).mkdir()
-            ranks = train(folder, prefix, seed=args.seed, max_reuse=args.max_reuse, arguments=arguments)
+            ranks = train(folder, prefix)
             soak = Soak(folder, ranks)
             try:
                 if is_disturbed:
@@ -311,8 +321,8 @@ def main() -> None:
     about = f"four_layers, three asynchronous ranks, {args.epochs} epochs on {Path(args.data).name}, seed {args.seed}"
     if args.max_reuse:
         about += f", max_reuse={args.max_reuse}"
-    if args.codec != "raw":
-        about += f", codec {args.codec}"
+    if args.codec:
+        about += f", codec {args.codec if isinstance(args.codec, str) else 'x'.join(map(str, args.codec))}"
     publish(f"{about}.\n\n{markdown_table(['', 'undisturbed', 'disturbed'], rows)}", args.output)
     if any(outcome["failure"] for outcome in outcomes):
         raise SystemExit(1)
