@@ -31,12 +31,7 @@ from lightning_dgl.splitting.errors import SplitError
 from lightning_dgl.splitting.meta_twin import meta_twin
 from lightning_dgl.splitting.refusals import refuse_hooks, refuse_kind
 from lightning_dgl.splitting.sizes import Values, is_static, same_branch, same_number
-from lightning_dgl.splitting.stand_ins import (
-    HiddenMode,
-    InPlaceProxy,
-    ReadsMode,
-    instances_of_what_proxies_stand_for,
-)
+from lightning_dgl.splitting.stand_ins import HiddenMode, InPlaceProxy, ReadsMode, instances_of_what_proxies_stand_for
 from lightning_dgl.splitting.surroundings import kept_surroundings
 from lightning_dgl.splitting.trace import ModuleCall, Trace
 from lightning_dgl.splitting.watching import (
