@@ -52,6 +52,35 @@ def test_any_network_on_any_folder_of_images(
     assert "ensemble: " in capsys.readouterr().out
 
 
+def test_changes_of_the_recipe(script: Main) -> None:
+    cifar10 = importlib.import_module("cifar10")
+    arguments = ["--network", "resnet20", "--blocks", "2", "--head", "augmented"]
+    images = torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) % 3
+
+    def make(change: str = "") -> Any:
+        torch.manual_seed(0)
+        return cifar10.make_module(images, cifar10.parse([*arguments, *change.split()]))
+
+    plain, x = make(), torch.randn(8, 3, 32, 32)
+    branches: list[torch.Tensor] = []
+    for name, norm in plain.network.named_modules():
+        if name.endswith("bn2"):
+            norm.register_forward_hook(lambda module, args, output: branches.append(output))
+    scores = plain.heads[0](plain.blocks[0](x))
+    penalty = 0.05 * sum(branch.square().mean() for branch in branches)
+    penalised = make("--change trgl")
+    for _ in range(2):  # no penalty is left over for the next step
+        loss = penalised.local_loss(0, penalised.heads[0](penalised.blocks[0](x)), images[1])
+        torch.testing.assert_close(loss, nn.functional.cross_entropy(scores, images[1]) + penalty)
+
+    fresh = make("--change fresh-heads")
+    for copied, own in zip(plain.heads.parameters(), fresh.heads.parameters(), strict=True):
+        assert torch.equal(copied.flatten().sort().values, own.flatten().sort().values)
+        assert copied.dim() == 1 or not torch.equal(copied, own)
+    assert make("--change label-smoothing").loss.label_smoothing == 0.1
+    assert make("--change full-resolution").head_flops[0] > 3 * plain.head_flops[0]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -64,6 +93,8 @@ def test_any_network_on_any_folder_of_images(
         ("cifar10", ("--codec", "8"), "must be raw, half, or codes x dimension such as 256x8, got '8'"),
         ("cifar10", ("--method", "magic"), "invalid choice: 'magic'"),
         ("cifar10", ("--network", "resnet18", "--channels", "8"), "--channels is of six_layers"),
+        ("cifar10", ("--method", "dni", "--change", "trgl"), "argument --change: is of blocks and heads"),
+        ("cifar10", ("--data", "digits", "--change", "trgl"), "--change trgl is for the residual networks"),
         (
             "cifar10",
             ("--network", "resnet18", "--data", "digits"),

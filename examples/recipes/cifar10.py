@@ -37,6 +37,7 @@ from lightning_dgl import Asynchronous, DGLModule, DGLStrategy, Sequential
 from lightning_dgl.splitting import num_parameters
 
 try:
+    from changes import AFTERWARDS, CHANGES
     from dni import DNIModule
     from image_data import Images, Preprocessing, batches, load
     from networks import make_network
@@ -87,6 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--update-bn", action="store_true", help="compute BatchNorm's statistics again after training")
+    parser.add_argument("--change", choices=CHANGES, help="of changes.py: what is tried to gain accuracy")
     parser.add_argument("--precision", default="32-true", help="as of Lightning's Trainer")
     add_arguments(parser)
     if parser.parse_args(arguments).recipe == "modern":
@@ -97,8 +99,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             make_network(args.network, 3, 10, args.channels)
     except ValueError as error:
         parser.error(str(error))
-    if args.compile and args.method in ("dni", "cdni"):
-        parser.error(f"argument --compile: is of blocks and heads, not of --method {args.method}")
+    for option in ("compile", "change"):
+        if getattr(args, option) and args.method in ("dni", "cdni"):
+            parser.error(f"argument --{option}: is of blocks and heads, not of --method {args.method}")
     return args
 
 
@@ -170,8 +173,10 @@ def make_module(images: Images, args: argparse.Namespace) -> PreprocessedDGL | P
             "lr_scheduler": rate,
             "lr_interval": "step" if args.one_cycle else "epoch",
             "compile": args.compile,
+            **CHANGES.get(args.change, {}),
         }
         module = PreprocessedDGL(network, **cuts, example_input=(2, in_channels, *size), **options)
+        AFTERWARDS.get(args.change, lambda module: None)(module)
     module.preprocessing = Preprocessing(images[0], augment=args.data != "digits")
     if args.channels_last:
         module.to(memory_format=torch.channels_last)  # images follow at the first convolution

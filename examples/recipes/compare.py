@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 try:
     import cifar10
+    from changes import CHANGES
     from matplotlib.figure import Figure
     from recipe import be_quiet
 except ImportError as error:
@@ -81,6 +82,14 @@ EXPERIMENTS = {
         "ResNet-20 in four blocks, a short training",
         common="--recipe modern --network resnet20 --epochs 8",
         lines=HEADS | {name: f"--blocks 4 --head {name.lower()}" for name in ("MLP", "CNN", "linear")},
+    ),
+    "changes": Experiment(
+        "Small changes of the recipe, a short training",
+        common="--recipe modern --network resnet20 --epochs 8",
+        lines={
+            "augmented": HEADS["augmented"],
+            **{change.replace("-", " "): f"{HEADS['augmented']} --change {change}" for change in CHANGES},
+        },
     ),
     "resnet20_blocks": Experiment(
         "ResNet-20: into how many blocks?",
