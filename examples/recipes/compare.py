@@ -58,7 +58,7 @@ class Experiment:
     def runs(self) -> dict[tuple[str, str], str]:
         """Return the arguments of each run, without the common ones, by line and point."""
         return {
-            (line, point): f"{of_line} {of_point}"
+            (line, point): f"{of_point} {of_line}"
             for line, of_line in self.lines.items()
             for point, of_point in (self.points or {"": ""}).items()
             if (line, point) not in self.skip
