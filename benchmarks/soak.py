@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -84,15 +85,20 @@ def make_strategy(args: argparse.Namespace) -> DGLStrategy:
     return DGLStrategy(Asynchronous(max_reuse=args.max_reuse), codec=make_codec(args), timeout=TIMEOUT)
 
 
-def work(args: argparse.Namespace) -> None:
-    """Train one rank, in a process that torchrun has started."""
+def find_recipe(args: argparse.Namespace) -> tuple[ModuleType, argparse.Namespace]:
+    """Return the script whose recipe it is, and the arguments of that script."""
     sys.path.insert(0, str(RECIPES))  # the recipes import each other by name
     import cifar10
 
-    torch.set_num_threads(1)
-    cifar10.be_quiet()
     of_run = ["--seed", str(args.seed), "--data", args.data, "--cache", args.cache, "--epochs", str(args.epochs)]
-    recipe = cifar10.parse(["--recipe", "modern", "--network", "four_layers", *of_run])
+    return cifar10, cifar10.parse(["--recipe", "modern", "--network", "four_layers", *of_run])
+
+
+def work(args: argparse.Namespace) -> None:
+    """Train one rank, in a process that torchrun has started."""
+    torch.set_num_threads(1)
+    cifar10, recipe = find_recipe(args)
+    cifar10.be_quiet()
     train_images, test_images = cifar10.load_images(recipe)
     L.seed_everything(args.seed, verbose=False)
     module = cifar10.make_module(train_images, recipe)
@@ -276,8 +282,11 @@ def main() -> None:
         work(args)
         return
     try:
-        make_strategy(args)  # torchrun would start ranks that refuse their arguments again and again
-    except ValueError as error:
+        # torchrun would start ranks that refuse their arguments again and again
+        make_strategy(args)
+        cifar10, recipe = find_recipe(args)
+        cifar10.load_images(recipe)
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
     if args.rates:
         require_root()

@@ -152,6 +152,23 @@ def test_broken_image_folders(spoil: Callable[[Path], None], message: str, scrip
     assert not list((tmp_path / "data").glob("*.pt"))  # nothing half-decoded is left for the next run
 
 
+def test_two_processes_decode_a_folder_at_once(script: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_data = importlib.import_module("image_data")
+    folder = image_folder(tmp_path / "pets")
+    save, others = torch.save, []
+
+    def save_with_another(images: Any, path: Path) -> None:
+        save(images, path)
+        if not others:
+            others.append(None)
+            others.append(image_data.load(str(folder), tmp_path / "data"))
+
+    monkeypatch.setattr(torch, "save", save_with_another)
+    (own, _), (other, _) = image_data.load(str(folder), tmp_path / "data"), others[1]
+    assert torch.equal(own[0], other[0])
+    assert [path.suffix for path in (tmp_path / "data").iterdir()] == [".pt"]
+
+
 def records(file: Path) -> Iterator[Any]:
     """Yield what Weights & Biases wrote for a run: a log of 32 KiB blocks, each record in one part or several."""
     data, at, parts = file.read_bytes(), 7, b""

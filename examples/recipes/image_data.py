@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from sklearn.datasets import load_digits
@@ -51,8 +52,9 @@ def load(source: str, folder: Path) -> tuple[Images, Images]:
             )
         folder.mkdir(parents=True, exist_ok=True)
         images = [_decode(train_files), _decode(test_files)]
-        torch.save(images, decoded.with_suffix(".part"))
-        decoded.with_suffix(".part").rename(decoded)
+        unfinished = decoded.with_suffix(f".{uuid4()}.part")  # other processes may decode them, too
+        torch.save(images, unfinished)
+        unfinished.rename(decoded)
     train, test = torch.load(decoded)
     return train, test
 
