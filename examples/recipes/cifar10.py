@@ -176,7 +176,8 @@ def make_module(images: Images, args: argparse.Namespace) -> PreprocessedDGL | P
             **CHANGES.get(args.change, {}),
         }
         module = PreprocessedDGL(network, **cuts, example_input=(2, in_channels, *size), **options)
-        AFTERWARDS.get(args.change, lambda module: None)(module)
+        if args.change in AFTERWARDS:
+            AFTERWARDS[args.change](module)
     module.preprocessing = Preprocessing(images[0], augment=args.data != "digits")
     if args.channels_last:
         module.to(memory_format=torch.channels_last)  # images follow at the first convolution
